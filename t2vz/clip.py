@@ -1,0 +1,69 @@
+"""Clip: decoded frames with their times. A record; decoding is in `media.decode`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class AudioReference:
+    """Where the audio of a clip's range is; the samples stay in the source file.
+
+    path: local path of the source.
+    start_s, end_s: the clip's range in seconds of the source's presentation time.
+    """
+
+    path: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames at a constant rate.
+
+    frames: uint8 (F, H, W, 3), RGB; may be a memory map.
+    rate_fps: frames a second, exact.
+    timestamps_s: float64 (F,), each frame's presentation time in the source, in seconds.
+    audio: the audio that belongs to these frames, None without.
+    decoder: what decoded it, with the reason ("decord", "pyav: edit list", "pillow", …).
+    warnings: oddities of the source that the user should know of.
+    """
+
+    frames: NDArray[np.uint8]
+    rate_fps: Fraction
+    timestamps_s: NDArray[np.float64]
+    audio: AudioReference | None = None
+    decoder: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        f = self.frames
+        if f.dtype != np.uint8 or f.ndim != 4 or f.shape[-1] != 3 or f.shape[0] < 1:
+            raise ValueError(f"frames must be uint8 (F, H, W, 3) with F >= 1, not {f.dtype} {f.shape}")
+        if self.timestamps_s.shape != (f.shape[0],):
+            raise ValueError(f"{f.shape[0]} frames but timestamps of shape {self.timestamps_s.shape}")
+        if self.rate_fps <= 0:
+            raise ValueError(f"rate_fps must be positive, not {self.rate_fps}")
+
+    def __len__(self) -> int:
+        return int(self.frames.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.frames.shape[2])
+
+    @property
+    def height(self) -> int:
+        return int(self.frames.shape[1])
+
+    @property
+    def duration_s(self) -> float:
+        return float(len(self) / self.rate_fps)
+
+    def __repr__(self) -> str:
+        return f"Clip({len(self)} frames, {self.width}x{self.height}, {self.rate_fps} fps, {self.decoder})"

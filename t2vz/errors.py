@@ -1,0 +1,189 @@
+"""The errors of t2vz: one tree, each class with a stage and whether trying again can help.
+
+    T2VZError
+    ├── ManifestError            the manifest as a whole, or a row of it, can't be read        manifest
+    ├── SourceError              a source or condition video                                   decode
+    │   ├── SourceMissing
+    │   ├── SourceCorrupt
+    │   ├── SourceEmpty          no frames: audio only, zero frames, or none in the range
+    │   └── SourceTooLarge       over a limit (Limits); refused before it is read
+    ├── ConditionError           condition frames can't be made or do not fit                  conditions
+    ├── ModelError               a model can't be loaded                                       model
+    │   ├── UnknownModel
+    │   └── UnsupportedModel     known, but not of a kind that the engine covers
+    ├── GenerationError          the frames can't be made                                      generate
+    │   ├── OutOfDeviceMemory    even with one frame a chunk
+    │   ├── InvalidFrames        NaN or infinite values
+    │   └── DeviceLost           the device went away                                          (retryable)
+    ├── EncodeError              the frames can't be written as asked                          encode
+    ├── OutputError              the output folder refuses: no space, no permission            encode
+    ├── ResultsError             the results table can't be read or written                    results
+    │   └── ResultsBusy          other writers won every try                                   (retryable)
+    ├── StorageTimeout           storage did not answer in time                                (retryable)
+    ├── WorkerDied               the process that worked on the row was killed                 (retryable)
+    └── UnexpectedError          anything that none of the above foresaw: a defect of ours
+
+Errors of other libraries are translated once, where they enter, by `translating`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class T2VZError(Exception):
+    """Base of all errors of t2vz.
+
+    message: one plain line that says what is wrong and what to do, naming the file or column.
+    stage: where in the way of the data it happened; the class's own unless given.
+    retryable: True if the same attempt may succeed later.
+    """
+
+    stage: str = "unknown"
+    retryable: bool = False
+
+    def __init__(self, message: str, *, stage: str | None = None) -> None:
+        super().__init__(message)
+        if stage is not None:
+            self.stage = stage
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class ManifestError(T2VZError):
+    stage = "manifest"
+
+
+class SourceError(T2VZError):
+    stage = "decode"
+
+
+class SourceMissing(SourceError):
+    pass
+
+
+class SourceCorrupt(SourceError):
+    pass
+
+
+class SourceEmpty(SourceError):
+    pass
+
+
+class SourceTooLarge(SourceError):
+    pass
+
+
+class ConditionError(T2VZError):
+    stage = "conditions"
+
+
+class ModelError(T2VZError):
+    stage = "model"
+
+
+class UnknownModel(ModelError):
+    pass
+
+
+class UnsupportedModel(ModelError):
+    pass
+
+
+class GenerationError(T2VZError):
+    stage = "generate"
+
+
+class OutOfDeviceMemory(GenerationError):
+    pass
+
+
+class InvalidFrames(GenerationError):
+    pass
+
+
+class DeviceLost(GenerationError):
+    retryable = True
+
+
+class EncodeError(T2VZError):
+    stage = "encode"
+
+
+class OutputError(T2VZError):
+    stage = "encode"
+
+
+class ResultsError(T2VZError):
+    stage = "results"
+
+
+class ResultsBusy(ResultsError):
+    retryable = True
+
+
+class StorageTimeout(T2VZError):
+    retryable = True
+
+
+class WorkerDied(T2VZError):
+    retryable = True
+
+
+class UnexpectedError(T2VZError):
+    pass
+
+
+_OUTPUT_ERRNOS = {
+    errno.ENOSPC: "no space left on the device; free some and run again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+def translate(error: BaseException, stage: str, subject: str = "") -> T2VZError:
+    """The t2vz error for `error`, which was met in `stage` while working on `subject` (a file, a model).
+
+    What is already ours is handed back unchanged. What nobody foresaw becomes `UnexpectedError` with the
+    foreign class's name, so that a results row still says what happened.
+    """
+    if isinstance(error, T2VZError):
+        return error
+    about = f"{subject}: " if subject else ""
+    if isinstance(error, OSError) and error.errno in _OUTPUT_ERRNOS:
+        where = f"{error.filename}: " if error.filename else about
+        if stage == "decode" and error.errno in (errno.EACCES, errno.EPERM):
+            return SourceError(f"{where}no permission to read it", stage=stage)
+        return OutputError(f"{where}{_OUTPUT_ERRNOS[error.errno]}", stage=stage)
+    if isinstance(error, TimeoutError):
+        return StorageTimeout(f"{about}no answer in time ({_one_line(error)})", stage=stage)
+    if isinstance(error, MemoryError):
+        return GenerationError(f"{about}out of host memory; lower the size or the frame count", stage=stage)
+    name = type(error).__name__
+    if name in ("OutOfMemoryError",):  # torch's, named so that torch need not be imported here
+        return OutOfDeviceMemory(f"{about}out of device memory: {_one_line(error)}", stage=stage)
+    if name in ("AcceleratorError",) or "CUDA error" in str(error):
+        return DeviceLost(f"{about}device lost: {_one_line(error)}", stage=stage)
+    return UnexpectedError(f"{about}{name}: {_one_line(error)}", stage=stage)
+
+
+@contextmanager
+def translating(stage: str, subject: str = "") -> Iterator[None]:
+    """Raise what leaves the block as a `T2VZError` (see `translate`)."""
+    try:
+        yield
+    except Exception as error:
+        ours = translate(error, stage, subject)
+        if ours is error:
+            raise
+        raise ours from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,46 @@
+"""What happens during a run, told to whoever listens in this process: the terminal's progress, a log.
+
+A listener must not raise and must be quick: it is called in the thread that works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Event:
+    """kind: `planned` once (total: rows to render, done: rows done before), then for each row `row_started`,
+    `stage` as each begins, `step` (done of total denoising steps), `warning` (message), and `row_finished`
+    with its status and, if failed, the message.
+    """
+
+    kind: Literal["planned", "row_started", "stage", "step", "warning", "row_finished"]
+    id: str = ""
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    status: str = ""
+    message: str = ""
+
+
+Listener = Callable[[Event], None]
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Call `listener` with every event of this process while the block runs."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def emit(event: Event) -> None:
+    for listener in tuple(_listeners):
+        listener(event)

@@ -1,0 +1,348 @@
+"""JobSpec: everything a manifest row can ask for, checked; and job_id, the identity of the work it means.
+
+The table of columns in manifests/README.md is made from this file. Nothing here touches a file or a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Mode = Literal["text", "control", "edit"]
+ConditionName = Literal["edge", "depth", "pose", "openpose", "hed", "lineart", "normal"]
+SchedulerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"]
+Format = Literal["mp4", "webm", "gif", "png", "mkv"]
+Codec = Literal["h264", "hevc", "vp9", "ffv1"]
+
+# Raised when a change of the engine changes the frames: every job then counts as not done.
+ENGINE_VERSION = 1
+
+_MAX_SEED = 2**63 - 1  # the results table keeps seeds as int64
+
+
+def _parts(value: Any) -> Any:
+    """ "edge+depth" → ("edge", "depth"), as cells hold several values joined by `+`."""
+    return tuple(part.strip() for part in value.split("+")) if isinstance(value, str) else value
+
+
+def _rational(value: Any) -> Any:
+    """ "30000/1001", "23.976", 24 or 24.0 → Fraction; NTSC's decimals become their exact rationals."""
+    return value if isinstance(value, Fraction) else _rate(str(value).strip())
+
+
+@functools.lru_cache(maxsize=256)  # a manifest of a million rows has few rates, and Fraction is slow
+def _rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise PydanticCustomError("rate", "not a rate: write 24, 23.976 or 30000/1001") from None
+    ntsc = Fraction(round(rate * 1001 / 1000) * 1000, 1001)
+    if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
+        rate = ntsc
+    if not 0 < rate <= 1000:
+        raise PydanticCustomError("rate", "a rate must be above 0 and at most 1000 frames a second")
+    return rate
+
+
+Rate = Annotated[Fraction, BeforeValidator(_rational)]
+
+
+def _column(default: Any, meaning: str, *, unit: str = "", modes: str = "text control edit", **checks: Any) -> Any:
+    return Field(default, description=meaning, json_schema_extra={"unit": unit, "modes": modes}, **checks)
+
+
+class JobSpec(BaseModel):
+    """One manifest row: which video to make, from what, and how. Frozen; a column of the manifest a field.
+
+    A column that the row's mode doesn't use must be left empty. `None` means "chosen from the source, the
+    model or the mode", as the column's meaning says.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=10_000)
+
+    id: str = _column(
+        "", "names the row in results and file names; made from the row's content if absent", max_length=200
+    )
+    mode: Mode = _column("text", "what to do: text to video, control by conditions, or edit by instruction")
+    prompt: str = _column(..., "what to show; in edit mode the instruction (“make it snow”)", min_length=1)
+    negative_prompt: str = _column("", "what to avoid")
+    source: str | None = _column(
+        None, "source video, GIF or folder of images; relative to the manifest", modes="control edit"
+    )
+    condition: Annotated[tuple[ConditionName, ...], BeforeValidator(_parts)] = _column(
+        (), "what of the source controls the frames; several joined by `+`", modes="control"
+    )
+    condition_video: str | None = _column(
+        None, "an already rendered condition (a skeleton video, say) instead of `source`", modes="control"
+    )
+    controlnet_conditioning_scale: Annotated[tuple[float, ...], BeforeValidator(_parts)] = _column(
+        (1.0,), "weight of each condition, joined by `+`; one value serves all", modes="control"
+    )
+    model: str = _column("mini", "a known name, a diffusers folder, a hub id or a .safetensors file", min_length=1)
+    revision: str | None = _column(None, "branch, tag or commit of a hub model")
+    base_config: str | None = _column(
+        None, "for a .safetensors file: folder or hub id with the configs and tokenizer of its family"
+    )
+    controlnet: Annotated[tuple[str, ...], BeforeValidator(_parts)] = _column(
+        (),
+        "ControlNet of each condition, joined by `+`; the model family's usual ones if absent",
+        modes="control",
+    )
+    depth_model: str | None = _column(None, "depth estimator (transformers) for `depth`", modes="control")
+    pose_model: str | None = _column(None, "pose estimator (VitPose in transformers) for `pose`", modes="control")
+    person_detector: str | None = _column(None, "person detector (transformers) for `pose`", modes="control")
+    annotators: str | None = _column(
+        None,
+        "folder or hub id of controlnet-aux's weights, for openpose, hed, lineart, normal",
+        modes="control",
+    )
+    canny_low: int = _column(100, "lower Canny threshold", unit="level", modes="control", ge=0, le=1000)
+    canny_high: int = _column(200, "upper Canny threshold", unit="level", modes="control", ge=0, le=1000)
+    width: int | None = _column(
+        None,
+        "output width, multiple of 8; from the model, or from the source's aspect",
+        unit="px",
+        ge=64,
+        le=4096,
+        multiple_of=8,
+    )
+    height: int | None = _column(
+        None,
+        "output height, multiple of 8; from the model, or from the source's aspect",
+        unit="px",
+        ge=64,
+        le=4096,
+        multiple_of=8,
+    )
+    fps: Rate | None = _column(
+        None, "frame rate of the output; the source's if absent, 4 in text mode", unit="frames/s"
+    )
+    start_s: float = _column(0.0, "start of the range in the source", unit="s", modes="control edit", ge=0)
+    end_s: float | None = _column(
+        None, "end of the range in the source; its end if absent", unit="s", modes="control edit", gt=0
+    )
+    video_length: int | None = _column(
+        None, "number of frames; 8 in text mode, else all of the range", unit="frames", ge=1, le=100_000
+    )
+    num_inference_steps: int = _column(50, "denoising steps", ge=1, le=1000)
+    guidance_scale: float = _column(7.5, "weight of the prompt; 1 or less switches guidance off", ge=0, le=100)
+    image_guidance_scale: float = _column(
+        1.5, "weight of the source frame; below 1 switches guidance off", modes="edit", ge=0, le=100
+    )
+    scheduler: SchedulerName | None = _column(None, "sampler; ddim, in edit mode euler_a")
+    motion_field_strength_x: float = _column(
+        12.0, "motion to the left a frame, at 512 px of width", unit="px", modes="text", ge=-512, le=512
+    )
+    motion_field_strength_y: float = _column(
+        12.0, "motion upwards a frame, at 512 px of height", unit="px", modes="text", ge=-512, le=512
+    )
+    t0: int | None = _column(
+        None,
+        "end of the motion's noising, counted in steps from the clean end; 0.88 of the steps",
+        modes="text",
+        ge=0,
+    )
+    t1: int | None = _column(None, "its start, noisier than `t0`; 0.94 of the steps", modes="text", ge=1)
+    warp: Literal["nearest", "subpixel"] = _column(
+        "nearest",
+        "how latents are moved: whole cells (the paper) or sub-pixel with variance kept",
+        modes="text",
+    )
+    seed: int | None = _column(None, "seed of all noise; drawn from the job's id if absent", ge=0, le=_MAX_SEED)
+    chunk_size: int = _column(8, "frames denoised at once; memory and speed only, never the frames", ge=1, le=1000)
+    dtype: Literal["float32", "float16", "bfloat16"] = _column("float32", "arithmetic of the models")
+    format: Format = _column("mp4", "container; `png` is a folder of images, `mkv` is lossless (FFV1)")
+    codec: Codec | None = _column(None, "h264 or hevc in mp4, vp9 in webm, ffv1 in mkv; the format's first if absent")
+    crf: int | None = _column(None, "quality, lower is better; 18 for h264 and hevc, 24 for vp9", ge=0, le=63)
+    preset: str | None = _column(None, "encoder speed of h264 and hevc; medium if absent")
+    pix_fmt: Literal["yuv420p", "yuv444p"] | None = _column(None, "chroma of h264, hevc and vp9; yuv420p if absent")
+    audio: bool = _column(True, "carry the source's sound of the range over", modes="control edit")
+
+    @model_validator(mode="after")
+    def _columns_agree(self) -> JobSpec:
+        problems = _disagreements(self)
+        if problems:
+            # One error with all of them in its context: `problems_of` takes them apart again.
+            text = "; ".join(f"{column}: {reason}" for column, reason in problems)
+            raise PydanticCustomError("columns", "{text}", {"text": text, "problems": problems})
+        return self
+
+    @property
+    def conditions_extracted(self) -> bool:
+        """True if the conditions are computed from `source`, False if rendered ones are given."""
+        return self.mode == "control" and self.condition_video is None
+
+    @property
+    def scheduler_name(self) -> SchedulerName:
+        """The scheduler as used: the row's, else the mode's default."""
+        return self.scheduler or ("euler_a" if self.mode == "edit" else "ddim")
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """One ControlNet weight for each condition."""
+        given = self.controlnet_conditioning_scale
+        return given * len(self.condition) if len(given) == 1 else given
+
+
+_COLUMN_MODES: dict[str, frozenset[str]] = {
+    name: frozenset(field.json_schema_extra["modes"].split())  # type: ignore[index,union-attr]
+    for name, field in JobSpec.model_fields.items()
+}
+_EVERYWHERE = frozenset(("text", "control", "edit"))
+_RESTRICTED = frozenset(name for name, modes in _COLUMN_MODES.items() if modes != _EVERYWHERE)
+
+FORMAT_CODECS: dict[str, tuple[str, ...]] = {
+    "mp4": ("h264", "hevc"),
+    "webm": ("vp9",),
+    "mkv": ("ffv1",),
+    "gif": (),
+    "png": (),
+}
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+
+
+def default_t0_t1(num_inference_steps: int) -> tuple[int, int]:
+    """t0 and t1 for a number of steps: the paper's 44 and 47 of 50, scaled."""
+    t1 = min(round(0.94 * num_inference_steps), num_inference_steps - 1)
+    return min(round(0.88 * num_inference_steps), t1 - 1), t1
+
+
+def evaluations(spec: JobSpec, frames: int) -> int:
+    """UNet evaluations (of one frame, all guidance branches) that the job takes: the least possible."""
+    steps = spec.num_inference_steps
+    if spec.mode != "text" or frames == 1:
+        return steps * frames
+    t0, t1 = t0_t1(spec)
+    return (steps - 1 - t0) + (t1 + 1) * frames
+
+
+def t0_t1(spec: JobSpec) -> tuple[int, int]:
+    """t0 and t1 as used."""
+    t0, t1 = default_t0_t1(spec.num_inference_steps)
+    return t0 if spec.t0 is None else spec.t0, t1 if spec.t1 is None else spec.t1
+
+
+def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
+    """(column, reason) for every rule that spans columns. Cheap for the common row: it runs a million times."""
+    bad: list[tuple[str, str]] = []
+    mode = spec.mode
+    for name in spec.model_fields_set & _RESTRICTED:
+        if mode not in _COLUMN_MODES[name]:
+            users = " and ".join(sorted(_COLUMN_MODES[name]))
+            bad.append((name, f"is used by {users}, not in {mode} mode: leave it empty or change the mode"))
+    if not spec.prompt.strip():
+        bad.append(("prompt", "is empty"))
+    if "\0" in spec.prompt or "\0" in spec.negative_prompt:
+        bad.append(("prompt", "contains a NUL character"))
+    if spec.end_s is not None and spec.end_s <= spec.start_s:
+        bad.append(("end_s", f"must be after start_s ({spec.start_s:g})"))
+    if mode == "text":
+        bad += _text_disagreements(spec)
+    elif mode == "control":
+        bad += _control_disagreements(spec)
+    elif spec.source is None:
+        bad.append(("source", "is needed in edit mode: the video to edit"))
+    if spec.model_fields_set & {"codec", "crf", "preset", "pix_fmt"}:
+        bad += _encoding_disagreements(spec)
+    return bad
+
+
+def _text_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
+    if spec.num_inference_steps < 3 and (spec.video_length or 8) > 1:
+        return [("num_inference_steps", "must be at least 3 in text mode: motion dynamics needs two noise levels")]
+    if spec.t0 is None and spec.t1 is None:
+        return []
+    last = spec.num_inference_steps - 1
+    t0, t1 = t0_t1(spec)
+    if t1 > last:
+        return [("t1", f"must be at most num_inference_steps - 1 ({last})")]
+    if t0 >= t1:
+        return [("t0", f"must be below t1 ({t1}): t1 is the noisier end")]
+    return []
+
+
+def _control_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
+    bad: list[tuple[str, str]] = []
+    n = len(spec.condition)
+    if not n:
+        bad.append(("condition", "is needed in control mode: edge, depth, pose, … (several joined by +)"))
+    if len(set(spec.condition)) != n:
+        bad.append(("condition", "names a condition twice"))
+    if spec.source is None and spec.condition_video is None:
+        bad.append(("source", "is needed in control mode, or a condition_video"))
+    if spec.source is not None and spec.condition_video is not None:
+        bad.append(("condition_video", "can't be used with source: the condition comes from one of them"))
+    if spec.condition_video is not None and n > 1:
+        bad.append(("condition", "must be a single one with condition_video: it says what the video shows"))
+    if n and len(spec.controlnet_conditioning_scale) not in (1, n):
+        bad.append(("controlnet_conditioning_scale", f"has another count of values than condition ({n})"))
+    if not all(0 <= scale <= 10 for scale in spec.controlnet_conditioning_scale):
+        bad.append(("controlnet_conditioning_scale", "must be between 0 and 10"))
+    if spec.controlnet and len(spec.controlnet) != n:
+        bad.append(("controlnet", f"has another count of values than condition ({n})"))
+    if spec.canny_low > spec.canny_high:
+        bad.append(("canny_low", f"must not be above canny_high ({spec.canny_high})"))
+    return bad
+
+
+def _encoding_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
+    bad: list[tuple[str, str]] = []
+    codecs = FORMAT_CODECS[spec.format]
+    codec = spec.codec or (codecs[0] if codecs else None)
+    if spec.codec is not None and spec.codec not in codecs:
+        fitting = " or ".join(codecs) or "none: leave it empty"
+        return [("codec", f"does not go into {spec.format}; that takes {fitting}")]
+    if spec.crf is not None and codec not in ("h264", "hevc", "vp9"):
+        bad.append(("crf", f"does not apply to {codec or spec.format}: leave it empty"))
+    elif spec.crf is not None and codec in ("h264", "hevc") and spec.crf > 51:
+        bad.append(("crf", f"must be at most 51 for {codec}"))
+    if spec.preset is not None and codec not in ("h264", "hevc"):
+        bad.append(("preset", f"does not apply to {codec or spec.format}: leave it empty"))
+    elif spec.preset is not None and spec.preset not in PRESETS:
+        bad.append(("preset", f"must be one of {', '.join(PRESETS)}"))
+    if spec.pix_fmt is not None and codec not in ("h264", "hevc", "vp9"):
+        bad.append(("pix_fmt", f"does not apply to {codec or spec.format}: leave it empty"))
+    return bad
+
+
+# What says where things are or how fast they are made, not which frames come out. Files and models are in
+# the identity by their content's fingerprint, wherever they lie.
+_NOT_IN_IDENTITY = frozenset(("chunk_size", "source", "condition_video", "model", "revision", "base_config"))
+
+
+def canonical(spec: JobSpec) -> dict[str, Any]:
+    """The columns that decide the frames and their encoding, defaults included, JSON-ready."""
+    out: dict[str, Any] = {}
+    for name, value in spec:
+        if name in _NOT_IN_IDENTITY or spec.mode not in _COLUMN_MODES[name]:
+            continue
+        out[name] = str(value) if isinstance(value, Fraction) else value
+    out["scheduler"] = spec.scheduler_name
+    return out
+
+
+def job_id(spec: JobSpec, model_revision: str, source_fingerprint: str | None) -> str:
+    """Identity of the work: 32 hex digits, the same for the same row, model and source wherever they lie.
+
+    model_revision: what identifies the weights (commit, or fingerprint of the files), ControlNets included.
+    source_fingerprint: of `source` or `condition_video`; None in text mode.
+    """
+    identity = {
+        "engine": ENGINE_VERSION,
+        "spec": canonical(spec),
+        "model": model_revision,
+        "source": source_fingerprint,
+    }
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def seed_of(spec: JobSpec, job: str) -> int:
+    """The row's seed, or one drawn from the job's id: arbitrary, yet the same for every try and rerun."""
+    return spec.seed if spec.seed is not None else int(job[:15], 16)
