@@ -1,0 +1,74 @@
+"""How sources are opened and read with PyAV: safely, and past damaged packets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+
+from t2vz.errors import SourceCorrupt, SourceEmpty
+
+# PyAV raises more than FFmpegError on damaged files (its decoding errors are ValueErrors, too).
+AV_ERRORS = (av.FFmpegError, IndexError, MemoryError, UnicodeDecodeError, ValueError)
+
+# Demuxers that take in no other file or address: a playlist named .mp4 must not make a worker read those.
+_FORMATS = (
+    "aac,aiff,amr,apng,asf,avi,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,mp3,mpeg,mpegts,"
+    "mpegvideo,mxf,nut,ogg,wav,yuv4mpegpipe"
+)
+_HD_HEIGHT_PX = 720
+_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
+
+
+def open_source(path: str | Path) -> Any:
+    """The source as a PyAV input container. Errors: SourceCorrupt; the operating system's own pass."""
+    try:
+        return av.open(f"file:{path}", options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
+    except AV_ERRORS as error:
+        if isinstance(error, OSError) and not isinstance(error, av.error.InvalidDataError):
+            raise
+        raise SourceCorrupt(f"{path}: not a video in a known container, or damaged or cut off") from error
+
+
+def video_stream(container: Any, path: str | Path) -> Any:
+    """The best video stream, cover pictures of music apart. Errors: SourceEmpty, SourceCorrupt."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        raise SourceEmpty(f"{path}: no video stream in it{', only audio' if container.streams.audio else ''}")
+    if stream.codec_context is None:
+        raise SourceCorrupt(f"{path}: its video codec is unknown")
+    return stream
+
+
+def origin_s(container: Any) -> float:
+    """Where the source's time begins: MPEG-TS starts anywhere, other containers at 0."""
+    return max(container.start_time or 0, 0) / av.time_base
+
+
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """The stream's frames as they arrive. Damaged packets are passed over; a damaged container ends it."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except AV_ERRORS:
+            return
+        if packet is None:
+            return
+        try:
+            frames = packet.decode()
+        except AV_ERRORS:
+            continue
+        yield from frames
+
+
+def is_untagged_hd(frame: Any, codec: str) -> bool:
+    """True if the frame names no colour matrix but has a size that means BT.709 (FFmpeg: BT.601)."""
+    return (
+        frame.colorspace == _UNSPECIFIED
+        and frame.height >= _HD_HEIGHT_PX
+        and not frame.format.is_rgb
+        and codec != "mjpeg"  # JPEG is BT.601 at any size
+    )

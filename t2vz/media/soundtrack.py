@@ -1,0 +1,148 @@
+"""Soundtrack: the sound of a source's range, carried over to an output beside the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import av
+
+from t2vz.clip import AudioReference
+from t2vz.errors import SourceError
+from t2vz.media.av_source import AV_ERRORS, decoded, open_source, origin_s
+
+# Codecs that go into a container as they are, and what every other is made into.
+_COPIED = {
+    "mp4": ("aac", "mp3", "ac3", "eac3", "alac"),
+    "webm": ("opus", "vorbis"),
+    "mkv": ("aac", "mp3", "ac3", "eac3", "alac", "flac", "opus", "vorbis", "pcm_s16le", "pcm_s24le"),
+}
+_TRANSCODED = {"mp4": "aac", "webm": "libopus", "mkv": "flac"}
+_BIT_RATE = {"aac": 96_000, "libopus": 64_000}  # a channel, bits/s
+_OPUS_RATE_HZ = 48_000
+_SEEK_BEYOND_S = 10.0
+_SEEK_MARGIN_S = 1.0
+
+
+class Soundtrack:
+    """Packets of the range, written as the video goes on, so that neither waits in memory for the other.
+
+    written: True once sound is in the output.
+    """
+
+    def __init__(self, audio: AudioReference, format: str, warnings: list[str]) -> None:
+        """Open the source. Raises what opening or decoding its first sound raises; see `soundtrack`."""
+        self.written = False
+        self._warnings = warnings
+        self._source = open_source(audio.path)
+        try:
+            self._stream = self._source.streams.best("audio")
+            if self._stream is None:
+                raise SourceError(f"{audio.path}: no audio stream")
+            self._begin_s = audio.start_s + origin_s(self._source)
+            self._end_s = audio.end_s + origin_s(self._source)
+            codec = self._stream.codec_context.name
+            # AAC of MPEG-TS has its parameters in the packets, where MP4 can't have them.
+            complete = codec != "aac" or bool(self._stream.codec_context.extradata)
+            self._encoder = None if codec in _COPIED[format] and complete else _TRANSCODED[format]
+            self._seek()
+            if next(decoded(self._source, self._stream), None) is None:
+                raise SourceError(f"{audio.path}: nothing of its audio decodes")
+            self._seek()
+        except BaseException:
+            self._source.close()
+            raise
+        self._packets: Iterator[tuple[float, Any]] = iter(())
+        self._pending: tuple[float, Any] | None = None
+        self._output: Any = None
+
+    def add_to(self, output: Any) -> None:
+        """Make the stream in the output container, before anything is written there."""
+        self._output = output
+        if self._encoder is None:
+            self._packets = self._copied(output.add_stream_from_template(self._stream))
+            return
+        context = self._stream.codec_context
+        rate_hz = _OPUS_RATE_HZ if self._encoder == "libopus" else context.sample_rate
+        channels = min(context.channels, 2)
+        stream = output.add_stream(self._encoder, rate=rate_hz, layout=("mono", "stereo")[channels - 1])
+        if self._encoder in _BIT_RATE:
+            stream.bit_rate = channels * _BIT_RATE[self._encoder]
+        self._packets = self._transcoded(stream)
+
+    def write_until(self, end_s: float) -> None:
+        """Write the packets that begin before `end_s` of the output. Damage ends the sound with a warning."""
+        while True:
+            if self._pending is None:
+                try:
+                    self._pending = next(self._packets, None)
+                except AV_ERRORS as error:
+                    self._packets = iter(())
+                    self._warnings.append(f"the audio ends early, at {end_s:.2f} s: its source is damaged ({error})")
+            if self._pending is None or self._pending[0] >= end_s:
+                return
+            self._output.mux(self._pending[1])
+            self._pending = None
+            self.written = True
+
+    def close(self) -> None:
+        self._packets = iter(())
+        self._source.close()
+
+    def _seek(self) -> None:
+        near_s = self._begin_s - _SEEK_MARGIN_S if self._begin_s > _SEEK_BEYOND_S else 0.0
+        self._source.seek(int(near_s * av.time_base), backward=True)
+
+    def _copied(self, stream: Any) -> Iterator[tuple[float, Any]]:
+        tick = self._stream.time_base
+        begin = round(self._begin_s / tick)
+        for packet in self._source.demux(self._stream):
+            if not packet.size or packet.pts is None or packet.pts < begin:
+                continue
+            if packet.pts * tick >= self._end_s:
+                return
+            packet.pts -= begin
+            packet.dts = packet.pts
+            packet.stream = stream
+            yield float(packet.pts * tick), packet
+
+    def _transcoded(self, stream: Any) -> Iterator[tuple[float, Any]]:
+        trim = _trim_graph(self._stream, self._begin_s, self._end_s)
+
+        def frames() -> Iterator[Any]:
+            for frame in decoded(self._source, self._stream):
+                if frame.time is not None and frame.time >= self._end_s:
+                    return
+                trim.push(frame)
+                while True:
+                    try:
+                        yield trim.pull()
+                    except (av.error.BlockingIOError, av.error.EOFError):
+                        break
+
+        for frame in frames():
+            for packet in stream.encode(frame):
+                yield float(packet.pts * packet.time_base), packet
+        for packet in stream.encode(None):
+            yield float(packet.pts * packet.time_base), packet
+
+
+def soundtrack(audio: AudioReference, format: str, warnings: list[str]) -> Soundtrack | None:
+    """The sound for a container of `format`; None and a warning if the source's can't be read."""
+    try:
+        return Soundtrack(audio, format, warnings)
+    except (*AV_ERRORS, OSError, SourceError) as error:
+        warnings.append(f"the source's audio can't be read, the video has none ({error})")
+        return None
+
+
+def _trim_graph(stream: Any, begin_s: float, end_s: float) -> Any:
+    """Frames cut to the range, to the sample, and counted from its beginning."""
+    graph = av.filter.Graph()
+    graph.link_nodes(
+        graph.add_abuffer(template=stream),
+        graph.add("atrim", f"start={begin_s:.6f}:end={end_s:.6f}"),
+        graph.add("asetpts", f"PTS-{begin_s:.6f}/TB"),
+        graph.add("abuffersink"),
+    ).configure()
+    return graph

@@ -1,0 +1,292 @@
+"""Encoding: colours, rates, sound and metadata survive; a file is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from t2vz.clip import AudioReference
+from t2vz.errors import DeviceLost, EncodeError, OutputError
+from t2vz.media import encode as encode_module
+from t2vz.media.decode import decode
+from t2vz.media.encode import METADATA_FILE, Encoding, checksum, encode, publish
+from t2vz.media.fingerprint import WHOLE_UP_TO_BYTES, fingerprint
+from t2vz.spec import JobSpec
+
+WIDTH, HEIGHT, COUNT, RATE_FPS = 128, 96, 12, Fraction(8)
+CLICK_EVERY_S = 0.5
+METADATA = {"prompt": "ein Bär, “größer”", "seed": 2**62, "t0": None}
+ALL = [("mp4", "h264"), ("mp4", "hevc"), ("webm", "vp9"), ("mkv", "ffv1"), ("gif", None), ("png", None)]
+
+
+def encoding(format: str, codec: str | None = None, **columns) -> Encoding:
+    return Encoding.of(JobSpec(mode="text", prompt="x", format=format, codec=codec, **columns))
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    """Smooth shades with a little texture that drift, as in a natural picture."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH] / WIDTH
+    grain = np.random.default_rng(0).normal(0, 1.5, (HEIGHT, WIDTH, 1))
+    out = []
+    for k in range(COUNT):
+        red = 40 + 170 * x + 25 * np.sin(9 * y + k / 5)
+        green = 60 + 150 * y + 25 * np.sin(7 * x - k / 6)
+        blue = 128 + 90 * np.sin(4 * (x + y) + k / 8)
+        out.append(np.clip(np.stack([red, green, blue], axis=-1) + grain, 0, 255))
+    return np.array(out).astype(np.uint8)
+
+
+def written(frames: np.ndarray, path: Path, how: Encoding, **kwargs):
+    batches = (frames[i : i + 7] for i in range(0, len(frames), 7))
+    height, width = frames.shape[1:3]
+    return encode(batches, path, width=width, height=height, encoding=how, **{"rate_fps": RATE_FPS, **kwargs})
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+@pytest.mark.parametrize(("format", "codec"), ALL)
+def test_equal_frames_give_equal_bytes(frames, tmp_path, format, codec):
+    first = written(frames, tmp_path / "a", encoding(format, codec), metadata=METADATA)
+    again = written(frames, tmp_path / "b", encoding(format, codec), metadata=METADATA)
+    assert first.sha256 == again.sha256
+    assert (first.sha256, first.size_bytes) == checksum(tmp_path / "a")
+    assert (first.frames, first.audio_kept, first.warnings) == (COUNT, False, ())
+    other = written(frames[::-1], tmp_path / "c", encoding(format, codec), metadata=METADATA)
+    assert other.sha256 != first.sha256
+
+
+@pytest.mark.parametrize(
+    ("format", "codec", "least_db"), [("mp4", "h264", 40), ("mp4", "hevc", 40), ("webm", "vp9", 38.5)]
+)
+def test_colours_survive(frames, tmp_path, ffmpeg_frames, format, codec, least_db):
+    written(frames, tmp_path / "v", encoding(format, codec))
+    seen = ffmpeg_frames(tmp_path / "v", WIDTH, HEIGHT)
+    assert psnr_db(frames, seen) >= least_db
+    with av.open(str(tmp_path / "v")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.color_range, context.colorspace) == (1, 1)  # limited, BT.709
+
+
+@pytest.mark.parametrize("format", ["mkv", "png"])
+def test_lossless_formats_are_bit_exact(frames, tmp_path, format, ffmpeg_frames):
+    noise = np.random.default_rng(1).integers(0, 256, frames.shape, dtype=np.uint8)
+    written(noise, tmp_path / "v", encoding(format))
+    np.testing.assert_array_equal(decode(tmp_path / "v", fps=RATE_FPS).frames, noise)
+    if format == "mkv":
+        np.testing.assert_array_equal(ffmpeg_frames(tmp_path / "v", WIDTH, HEIGHT), noise)
+
+
+def test_a_gif_keeps_frames_and_colours(frames, tmp_path):
+    written(frames, tmp_path / "v", encoding("gif"), rate_fps=Fraction(12))  # 8.33 hundredths: rounded, no drift
+    with av.open(str(tmp_path / "v")) as container:
+        seen = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    assert len(seen) == COUNT
+    np.testing.assert_allclose([time for time, _ in seen], np.arange(COUNT) / 12, atol=0.0051)
+    assert psnr_db(frames, np.array([frame for _, frame in seen])) > 33
+
+
+@pytest.mark.parametrize("rate_fps", [Fraction(30000, 1001), Fraction(32, 15), Fraction(24), Fraction(1150, 99)])
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_rate_is_exact(frames, tmp_path, rate_fps, count):
+    written(frames[:count], tmp_path / "v.mp4", encoding("mp4"), rate_fps=rate_fps)
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == rate_fps
+        assert stream.duration * stream.time_base == count / rate_fps
+
+
+def test_the_parameters_are_in_the_file(frames, tmp_path):
+    from PIL import Image
+
+    for format in ("mp4", "webm", "mkv"):
+        written(frames, tmp_path / format, encoding(format), metadata=METADATA)
+        with av.open(str(tmp_path / format)) as container:
+            tags = {name.lower(): value for name, value in container.metadata.items()}
+        assert json.loads(tags["comment"]) == METADATA
+    assert (tmp_path / "mp4").read_bytes().index(b"moov") < (tmp_path / "mp4").read_bytes().index(b"mdat")
+
+    written(frames, tmp_path / "png", encoding("png"), metadata=METADATA)
+    assert json.loads((tmp_path / "png" / METADATA_FILE).read_text(encoding="utf-8")) == METADATA
+
+    long = {**METADATA, "negative_prompt": "blurry, " * 100}  # over 255 bytes: several blocks
+    written(frames, tmp_path / "gif", encoding("gif"), metadata=long)
+    assert json.dumps(long, sort_keys=True, ensure_ascii=False).encode()[:200] in (tmp_path / "gif").read_bytes()
+    with Image.open(tmp_path / "gif") as image:
+        assert image.n_frames == COUNT
+
+
+def click_times_s(path: Path) -> np.ndarray:
+    """When clicks begin, on the presentation clock that the frames have too."""
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        rate_hz = stream.sample_rate
+        sound = np.zeros(10 * rate_hz)
+        for frame in container.decode(stream):
+            samples = frame.to_ndarray().astype(float) / (32768 if "16" in frame.format.name else 1)
+            if not frame.format.is_planar:
+                samples = samples.reshape(-1, len(frame.layout.channels)).T
+            begin = max(round(frame.time * rate_hz), 0)
+            sound[begin : begin + frame.samples] = samples[0]
+    loud = np.flatnonzero(np.abs(sound) > 0.2)
+    return loud[np.concatenate([[True], np.diff(loud) > 0.1 * rate_hz])] / rate_hz
+
+
+@pytest.fixture(scope="module")
+def clicks(ffmpeg, tmp_path_factory):
+    """A source that flashes white and clicks every half second; suffix → path."""
+    folder = tmp_path_factory.mktemp("clicks")
+    click = f"aevalsrc='if(lt(mod(t,{CLICK_EVERY_S}),0.01),sin(2*PI*2000*t),0)':s=44100:d=5"
+    for suffix, codec in ((".mp4", "aac"), (".mkv", "libopus"), (".avi", "pcm_s16le"), (".ts", "mp2")):
+        ffmpeg(
+            *("-f", "lavfi", "-i", "color=black:s=64x64:r=16:d=5"),
+            *("-f", "lavfi", "-i", click),
+            *("-vf", f"geq=lum='if(lt(mod(T,{CLICK_EVERY_S}),1/16),235,16)':cb=128:cr=128"),
+            *("-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", codec, folder / f"clicks{suffix}"),
+        )
+    return lambda suffix: folder / f"clicks{suffix}"
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm", "mkv"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".ts"])
+def test_sound_stays_with_the_frames(clicks, tmp_path, format, suffix):
+    clip = decode(clicks(suffix), start_s=0.75, end_s=3.75)
+    made = written(clip.frames, tmp_path / "v", encoding(format), rate_fps=clip.rate_fps, audio=clip.audio)
+    assert (made.audio_kept, made.warnings) == (True, ())
+    out = decode(tmp_path / "v")
+    bright = out.frames[:, 32, 32, 0] > 128
+    flashes_s = np.flatnonzero(bright & ~np.roll(bright, 1)) / float(out.rate_fps)
+    assert len(flashes_s) == 6
+    heard_s = click_times_s(tmp_path / "v")
+    assert len(heard_s) == 6
+    np.testing.assert_allclose(heard_s, flashes_s, atol=1 / 16)
+    np.testing.assert_allclose(heard_s, 0.25 + CLICK_EVERY_S * np.arange(6), atol=0.012)
+
+
+@pytest.mark.parametrize("format", ["gif", "png"])
+def test_no_sound_where_none_fits(frames, clicks, tmp_path, format):
+    audio = AudioReference(str(clicks(".mp4")), 0, 3)
+    assert not written(frames, tmp_path / "v", encoding(format), audio=audio).audio_kept
+
+
+def test_sound_that_can_not_be_read_is_a_warning(frames, tmp_path, clip_path, clicks):
+    for source in (tmp_path / "gone.mp4", clip_path("closed.mp4")):
+        made = written(frames, tmp_path / source.stem, encoding("mp4"), audio=AudioReference(str(source), 0, 3))
+        assert not made.audio_kept
+        assert "audio" in made.warnings[0]
+        assert len(decode(made.path)) == COUNT
+    late = AudioReference(str(clicks(".mp4")), 100, 103)
+    assert written(frames, tmp_path / "late", encoding("mp4"), audio=late).frames == COUNT
+
+
+@pytest.mark.parametrize("format", ["mp4", "gif", "png"])
+def test_nothing_is_left_of_what_failed(frames, tmp_path, format):
+    def lost():
+        yield frames[:9]
+        raise DeviceLost("cuda:0: device lost")
+
+    def interrupted():
+        yield frames[:9]
+        raise KeyboardInterrupt
+
+    sizes = {"width": WIDTH, "height": HEIGHT, "rate_fps": RATE_FPS, "encoding": encoding(format)}
+    for batches, error in (
+        (lost(), DeviceLost),  # the engine's own error arrives as it is
+        (interrupted(), KeyboardInterrupt),
+        (iter([]), EncodeError),
+        (iter([frames, frames[:, ::2]]), EncodeError),
+        (iter([frames.astype(np.float32)]), EncodeError),
+    ):
+        with pytest.raises(error):
+            encode(batches, tmp_path / "v", **sizes)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_output_refuses_is_an_output_error(frames, tmp_path):
+    with pytest.raises(OutputError, match="folder"):
+        written(frames, tmp_path / "none" / "v.mp4", encoding("mp4"))
+    (tmp_path / "there").touch()
+    with pytest.raises(OutputError, match="exists"):
+        written(frames, tmp_path / "there", encoding("mp4"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, Linux's always full device")
+def test_a_full_disk_is_an_output_error(frames, tmp_path, monkeypatch):
+    (tmp_path / "v").symlink_to("/dev/full")
+    monkeypatch.setattr(encode_module, "_check", lambda *arguments: None)  # which minds that it is there
+    with pytest.raises(OutputError, match="no space"):
+        written(np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8), tmp_path / "v", encoding("mkv"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_odd_sizes_are_refused_before_a_frame_is_made(tmp_path):
+    def never():
+        raise AssertionError("a frame was asked for")
+        yield
+
+    with pytest.raises(EncodeError, match="odd"):
+        encode(never(), tmp_path / "v", width=65, height=64, rate_fps=RATE_FPS, encoding=encoding("mp4"))
+
+
+@pytest.mark.parametrize(("format", "name"), [("mp4", "v.mp4"), ("png", "v")])
+def test_publish_moves_once_and_never_overwrites(frames, tmp_path, format, name):
+    final = tmp_path / "deep" / name
+    first = publish(written(frames, tmp_path / "w1", encoding(format)), final)
+    assert (first.path, first.mtime_ns) == (final, final.stat().st_mtime_ns)
+    assert checksum(final)[0] == first.sha256
+    same = publish(written(frames, tmp_path / "w2", encoding(format)), final)
+    assert "there already" in same.warnings[0]
+    with pytest.raises(OutputError, match="not overwritten"):
+        publish(written(frames[::-1], tmp_path / "w3", encoding(format)), final)
+    assert checksum(final)[0] == first.sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "w3"]
+
+
+def test_defaults_are_those_the_columns_promise():
+    assert encoding("mp4") == Encoding("mp4", "h264", 18, "medium", "yuv420p")
+    assert encoding("mp4", "hevc", crf=30, preset="fast", pix_fmt="yuv444p") == Encoding(
+        "mp4", "hevc", 30, "fast", "yuv444p"
+    )
+    assert encoding("webm") == Encoding("webm", "vp9", 24, None, "yuv420p")
+    assert encoding("mkv").codec == "ffv1"
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"one")
+    (tmp_path / "b.mp4").write_bytes(b"one")
+    assert fingerprint(tmp_path / "a.mp4") == fingerprint(tmp_path / "b.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"two")
+    os.utime(tmp_path / "b.mp4", ns=(1, 1))
+    assert fingerprint(tmp_path / "a.mp4") != fingerprint(tmp_path / "b.mp4")
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(b"one")
+    before = fingerprint(folder)
+    (folder / "notes.txt").write_bytes(b"no image")
+    assert fingerprint(folder) == before
+    (folder / "1.png").rename(folder / "2.png")
+    assert fingerprint(folder) != before
+
+
+def test_fingerprint_of_a_huge_file_is_sampled(tmp_path):
+    size = WHOLE_UP_TO_BYTES * 4
+    found = []
+    for position in (None, 0, size - 1):
+        path = tmp_path / f"{position}.mp4"
+        with path.open("wb") as file:
+            file.truncate(size)  # sparse
+            if position is not None:
+                file.seek(position)
+                file.write(b"x")
+        found.append(fingerprint(path))
+    assert len(set(found)) == 3
+    assert all(value.startswith("sha256-sampled:") for value in found)
