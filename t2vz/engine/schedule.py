@@ -1,0 +1,56 @@
+"""Schedulers by name, and their noise levels in the one unit that the engine computes in: ᾱ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import GenerationError
+
+# name → (diffusers class, settings beside the model's own, latents are kept as x₀ + σ·ε instead of √ᾱ·x₀ + √(1−ᾱ)·ε)
+SCHEDULERS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "ddim": ("DDIMScheduler", {}, False),
+    "euler": ("EulerDiscreteScheduler", {}, True),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}, True),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}, False),
+    "unipc": ("UniPCMultistepScheduler", {}, False),
+    "lcm": ("LCMScheduler", {}, False),
+}
+
+
+def make_scheduler(name: str, config: dict[str, Any], steps: int, first: int = 0) -> Any:
+    """A fresh diffusers scheduler of `steps` steps, ready for step number `first`.
+
+    config: the model's scheduler configuration (its noise schedule and prediction type are kept).
+    """
+    import diffusers
+
+    class_name, settings, _ = SCHEDULERS[name]
+    scheduler = getattr(diffusers, class_name).from_config(config, **settings)
+    trained = scheduler.config.num_train_timesteps
+    if steps > trained:
+        raise GenerationError(f"num_inference_steps: {steps} is more than the model's {trained} noise levels")
+    scheduler.set_timesteps(steps)
+    if len(scheduler.timesteps) != steps:
+        raise GenerationError(f"scheduler {name} makes {len(scheduler.timesteps)} steps of the {steps} asked for")
+    if first and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return scheduler
+
+
+def alpha_bar(scheduler: Any, step: int) -> float:
+    """ᾱ of the latents before step number `step`: their signal's share of the variance."""
+    if hasattr(scheduler, "sigmas"):
+        return 1 / (1 + float(scheduler.sigmas[step]) ** 2)
+    return float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+
+
+def to_variance_preserving(name: str, latents: Tensor, level: float) -> Tensor:
+    """Latents as the scheduler keeps them at ᾱ = level → √ᾱ·x₀ + √(1−ᾱ)·ε."""
+    return latents * level**0.5 if SCHEDULERS[name][2] else latents
+
+
+def from_variance_preserving(name: str, latents: Tensor, level: float) -> Tensor:
+    """The inverse of `to_variance_preserving`."""
+    return latents / level**0.5 if SCHEDULERS[name][2] else latents

@@ -1,0 +1,59 @@
+"""Between frames and latents, a few frames at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidFrames
+
+# Frames that the VAE takes at once. Not the row's chunk size: batches of another size round differently.
+BATCH = 2
+
+# A VAE may be shared by a row that is being generated and one that is being encoded, and `_in_float32` changes
+# it for a moment.
+_in_use = threading.Lock()
+
+
+@torch.no_grad()
+def encode(vae: Any, frames: NDArray[np.uint8]) -> Tensor:
+    """uint8 (F, H, W, 3) → the mode of the posterior, float32 (F, C, h, w) on the VAE's device, not scaled."""
+    out = []
+    for start in range(0, len(frames), BATCH):
+        batch = torch.from_numpy(np.ascontiguousarray(frames[start : start + BATCH])).to(vae.device)
+        picture = batch.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+        out.append(_finite(vae, picture, lambda x: vae.encode(x).latent_dist.mode()))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
+    """Latents as the UNet makes them, float32 (F, C, h, w) → batches of uint8 (f, H, W, 3), RGB, in order."""
+    for batch in latents.split(BATCH):
+        z = batch.to(vae.device) / vae.config.scaling_factor
+        picture = _finite(vae, z, lambda x: vae.decode(x, return_dict=False)[0])
+        levels = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        yield levels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _finite(vae: Any, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """compute(x) in the VAE's dtype, as float32. Where a half-precision VAE overflows (the original's black frames),
+    it is done again in float32. Raises InvalidFrames if that does not help."""
+    with _in_use:
+        dtype = vae.dtype
+        out = compute(x.to(dtype)).float()
+        if not torch.isfinite(out).all() and dtype != torch.float32:
+            vae.to(torch.float32)
+            try:
+                out = compute(x.float())
+            finally:
+                vae.to(dtype)
+    if not torch.isfinite(out).all():
+        raise InvalidFrames("the VAE gives NaN or infinite values, in float32 too: its weights may be damaged")
+    return out

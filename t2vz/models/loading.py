@@ -1,0 +1,213 @@
+"""Loading models: the real `from_pretrained` and `from_single_file`, safetensors only, no remote code, cached."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnsupportedModel
+from ..spec import JobSpec
+from . import LOADING, hub, table
+
+# Loaded models that a process keeps: one for generation beside one for edits, say.
+KEPT = 2
+
+_COVERED = (
+    "StableDiffusionPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a Stable Diffusion model, on their device and in evaluation mode.
+
+    scheduler_config: the model's own: noise schedule and prediction type.
+    controlnets: one for each condition of the row.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    unet: Any
+    scheduler_config: dict[str, Any]
+    controlnets: tuple[Any, ...] = ()
+
+    @property
+    def cell_px(self) -> int:
+        """Side of the square of pixels that a latent cell stands for."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+_cache: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+
+def load(spec: JobSpec, device: str) -> Components:
+    """The row's model with its ControlNets on `device`. Loaded once a process while it is in use.
+
+    Raises UnknownModel, UnsupportedModel, ModelError, each naming the model and what to do.
+    """
+    base = _cached(
+        ("base", table.identity(_base_only(spec)), spec.mode == "edit", spec.dtype, device),
+        lambda: _load(spec, device),
+    )
+    expected = 8 if spec.mode == "edit" else 4
+    channels = base.unet.config.in_channels
+    if channels != expected:
+        kind = {4: "a text-to-image model", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
+        raise UnsupportedModel(
+            f"model {spec.model}: {kind.get(channels, f'a UNet of {channels} channels')}, "
+            f"but {spec.mode} mode needs {kind[expected]}"
+        )
+    if spec.mode != "control":
+        return base
+    return replace(
+        base,
+        controlnets=tuple(_controlnet(ref, base, spec, device) for ref in table.controlnet_references(spec)),
+    )
+
+
+def native_px(spec: JobSpec) -> int:
+    """Side of the square pictures that the row's model was trained on, from its configuration alone."""
+    reference = table.model_reference(spec)
+    if Path(reference).is_file():
+        if spec.base_config is None:
+            return 512
+        reference = spec.base_config
+    with LOADING, _loading(reference):
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        pinned = _pinned(reference, spec.revision if reference != spec.base_config else None)
+        unet = UNet2DConditionModel.load_config(table.resolve(reference), subfolder="unet", **pinned)
+        vae = AutoencoderKL.load_config(table.resolve(reference), subfolder="vae", **pinned)
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def _base_only(spec: JobSpec) -> JobSpec:
+    return spec.model_copy(update={"mode": "edit" if spec.mode == "edit" else "text", "condition": ()})
+
+
+def _cached(key: tuple[Any, ...], make: Any, kept: int = KEPT) -> Any:
+    with LOADING:
+        if key not in _cache:
+            same_kind = [k for k in _cache if k[0] == key[0]]
+            for old in same_kind[: max(0, len(same_kind) - kept + 1)]:
+                del _cache[old]
+            _cache[key] = make()
+        _cache.move_to_end(key)
+        return _cache[key]
+
+
+def _load(spec: JobSpec, device: str) -> Components:
+    reference = table.model_reference(spec)
+    with _loading(reference):
+        if Path(reference).is_file():
+            parts = _from_single_file(reference, spec)
+        else:
+            parts = _from_folder(table.resolve(reference), spec)
+        for module in (parts.text_encoder, parts.vae, parts.unet):
+            module.to(device).eval().requires_grad_(False)
+        return parts
+
+
+def _pinned(reference: str, wanted: str | None = None) -> dict[str, str]:
+    """The `revision` argument for a hub model; nothing for what lies on this machine."""
+    if reference.startswith("mini/") or Path(reference).exists():
+        return {}
+    return {"revision": hub.commit(reference, wanted)}
+
+
+def _from_folder(reference: str, spec: JobSpec) -> Components:
+    """A diffusers folder or hub id. Component by component: no safety checker, no pipeline class of theirs."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    pinned = _pinned(reference, spec.revision)
+    index = DiffusionPipeline.load_config(reference, **pinned)
+    if index.get("_class_name") not in _COVERED:
+        raise UnsupportedModel(
+            f"model {spec.model}: a {index.get('_class_name')}; so far these are covered: {', '.join(_COVERED)}"
+        )
+    weights = {"use_safetensors": True, "torch_dtype": _dtype(spec), **pinned}
+    text_weights = {"use_safetensors": True, "dtype": _dtype(spec), **pinned}
+    config = DDIMScheduler.load_config(reference, subfolder="scheduler", **pinned)
+    return Components(
+        tokenizer=CLIPTokenizer.from_pretrained(reference, subfolder="tokenizer", **pinned),
+        text_encoder=CLIPTextModel.from_pretrained(reference, subfolder="text_encoder", **text_weights),
+        vae=AutoencoderKL.from_pretrained(reference, subfolder="vae", **weights),
+        unet=UNet2DConditionModel.from_pretrained(reference, subfolder="unet", **weights),
+        scheduler_config=dict(config),
+    )
+
+
+def _from_single_file(path: str, spec: JobSpec) -> Components:
+    """A checkpoint in the original Stable Diffusion layout, as DreamBooth models are shared."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+
+    if Path(path).suffix != ".safetensors":
+        raise UnsupportedModel(f"{path}: only .safetensors files are loaded (others can run code)")
+    kind = StableDiffusionInstructPix2PixPipeline if spec.mode == "edit" else StableDiffusionPipeline
+    config = {"config": table.resolve(spec.base_config)} if spec.base_config else {}
+    pipeline = kind.from_single_file(
+        path,
+        torch_dtype=_dtype(spec),
+        use_safetensors=True,
+        safety_checker=None,
+        feature_extractor=None,
+        **config,
+    )
+    return Components(
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder,
+        vae=pipeline.vae,
+        unet=pipeline.unet,
+        scheduler_config=dict(pipeline.scheduler.config),
+    )
+
+
+def _controlnet(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
+    key = ("controlnet", table.revision(reference), spec.dtype, device)
+    model = _cached(key, lambda: _load_controlnet(reference, spec, device), kept=4)
+    theirs, ours = model.config.cross_attention_dim, base.unet.config.cross_attention_dim
+    if theirs != ours or model.config.block_out_channels != base.unet.config.block_out_channels:
+        raise UnsupportedModel(
+            f"ControlNet {reference}: made for another family than model {spec.model}; name a fitting one"
+        )
+    return model
+
+
+def _load_controlnet(reference: str, spec: JobSpec, device: str) -> Any:
+    from diffusers import ControlNetModel
+
+    with _loading(reference):
+        if Path(reference).is_file():
+            config = {"config": table.resolve(spec.base_config)} if spec.base_config else {}
+            model = ControlNetModel.from_single_file(reference, torch_dtype=_dtype(spec), **config)
+        else:
+            model = ControlNetModel.from_pretrained(
+                table.resolve(reference), use_safetensors=True, torch_dtype=_dtype(spec), **_pinned(reference)
+            )
+        return model.to(device).eval().requires_grad_(False)
+
+
+def _dtype(spec: JobSpec) -> Any:
+    import torch
+
+    return getattr(torch, spec.dtype)
+
+
+@contextmanager
+def _loading(reference: str) -> Iterator[None]:
+    """`hub.loading`, with the libraries' progress bars off: the terminal is the command's."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    with hub.loading(reference):
+        yield

@@ -1,0 +1,164 @@
+"""Which models there are, where they lie, and what identifies their weights. Reads no weights, imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UnknownModel, UnsupportedModel
+from ..media.fingerprint import fingerprint
+from ..spec import JobSpec
+from . import hub
+
+# Raised when the embedded models change: their jobs then count as not done.
+MINI_VERSION = "0"
+MINI_NOTE = (
+    "model mini has random weights in this version (fixed seed): the whole path runs, "
+    "but the pictures are noise. Name a Stable Diffusion model in the column `model` to see pictures."
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that fit together: one text-to-image model's usual companions. References are folders or hub ids."""
+
+    text_to_image: str
+    edit: str
+    controlnets: dict[str, str] = field(default_factory=dict)
+    depth: str = "depth-anything/Depth-Anything-V2-Small-hf"
+    pose: str = "usyd-community/vitpose-base-simple"
+    detector: str = "PekingU/rtdetr_r50vd_coco_o365"
+    annotators: str = "lllyasviel/Annotators"
+
+
+SD15 = Family(
+    text_to_image="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    edit="timbrooks/instruct-pix2pix",
+    controlnets={
+        "edge": "lllyasviel/control_v11p_sd15_canny",
+        "depth": "lllyasviel/control_v11f1p_sd15_depth",
+        "pose": "lllyasviel/control_v11p_sd15_openpose",
+        "openpose": "lllyasviel/control_v11p_sd15_openpose",
+        "hed": "lllyasviel/control_v11p_sd15_softedge",
+        "lineart": "lllyasviel/control_v11p_sd15_lineart",
+        "normal": "lllyasviel/control_v11p_sd15_normalbae",
+    },
+)
+MINI = Family(
+    text_to_image="mini/base",
+    edit="mini/edit",
+    controlnets={
+        "edge": "mini/controlnet-edge",
+        "depth": "mini/controlnet-depth",
+        "pose": "mini/controlnet-pose",
+        "openpose": "mini/controlnet-pose",
+    },
+    depth="mini/depth",
+    pose="mini/pose",
+    detector="mini/detector",
+)
+
+# Names that a manifest may use instead of a folder or hub id. An unlisted model is taken for one of SD 1.5's family.
+MODELS: dict[str, Family] = {"mini": MINI, "sd15": SD15}
+
+_WEIGHTS = (".safetensors", ".json", ".txt", ".model", ".pth", ".pt")
+
+
+def family(spec: JobSpec) -> Family:
+    return MODELS.get(spec.model, SD15)
+
+
+def model_reference(spec: JobSpec) -> str:
+    """Folder, hub id or single file of the row's model, for its mode."""
+    known = MODELS.get(spec.model)
+    if known is None:
+        return spec.model
+    return known.edit if spec.mode == "edit" else known.text_to_image
+
+
+def controlnet_references(spec: JobSpec) -> tuple[str, ...]:
+    """One reference for each of the row's conditions."""
+    if spec.controlnet:
+        return spec.controlnet
+    known = family(spec).controlnets
+    missing = [name for name in spec.condition if name not in known]
+    if missing:
+        raise UnknownModel(
+            f"model {spec.model}: it has no ControlNet for {', '.join(missing)}; name one in `controlnet`"
+        )
+    return tuple(known[name] for name in spec.condition)
+
+
+def annotator_references(spec: JobSpec) -> dict[str, str]:
+    """What extracts the row's conditions: references by role (depth, pose, detector, annotators)."""
+    usual = family(spec)
+    return {
+        "depth": spec.depth_model or usual.depth,
+        "pose": spec.pose_model or usual.pose,
+        "detector": spec.person_detector or usual.detector,
+        "annotators": spec.annotators or usual.annotators,
+    }
+
+
+def resolve(reference: str) -> str:
+    """A reference as the libraries take it: a local path, or a hub id. `mini/…` is written to the cache once."""
+    if reference.startswith("mini/"):
+        from .mini import folder
+
+        return str(folder() / reference.removeprefix("mini/"))
+    return reference
+
+
+def note(model: str) -> str | None:
+    """What a user must know of results made with this model; None if nothing."""
+    return MINI_NOTE if model == "mini" else None
+
+
+def identity(spec: JobSpec) -> str:
+    """What identifies every weight that the row uses, for `job_id`: fingerprints of local files, commits of hub models.
+
+    Raises UnknownModel, UnsupportedModel, ModelError.
+    """
+    parts = [revision(model_reference(spec), spec.revision)]
+    if spec.base_config is not None:
+        parts.append(revision(spec.base_config))
+    if spec.mode == "control":
+        parts += [revision(reference) for reference in controlnet_references(spec)]
+    if spec.conditions_extracted:
+        roles = annotator_references(spec)
+        needed = {role for name in spec.condition for role in _ROLES.get(name, ("annotators",))}
+        parts += [revision(roles[role]) for role in sorted(needed)]
+    return " ".join(parts)
+
+
+_ROLES: dict[str, tuple[str, ...]] = {"edge": (), "depth": ("depth",), "pose": ("pose", "detector")}
+
+
+def revision(reference: str, wanted: str | None = None) -> str:
+    """Identity of one model: `mini@…`, `name@fingerprint` of local files, `hub id@commit`."""
+    if reference.startswith("mini/"):
+        return f"{reference}@{MINI_VERSION}"
+    path = Path(reference)
+    if path.is_dir():
+        return f"{path.name}@{_folder_fingerprint(path)}"
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UnsupportedModel(f"{reference}: only .safetensors files are loaded (others can run code)")
+        return f"{path.name}@{fingerprint(path)}"
+    if not hub.HUB_ID.fullmatch(reference):
+        near = difflib.get_close_matches(reference, MODELS, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "give a known name, a folder, a .safetensors file or a hub id"
+        raise UnknownModel(f"no model `{reference}`: {hint} (known names: {', '.join(MODELS)})")
+    return f"{reference}@{hub.commit(reference, wanted)}"
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    files = sorted(p for p in folder.rglob("*") if p.suffix in _WEIGHTS and p.is_file())
+    if not files:
+        raise UnknownModel(f"{folder}: no model there (no .safetensors and no .json)")
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{fingerprint(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,28 @@
+"""What several modes need."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..engine import guidance
+from ..models.loading import Components
+from ..models.prompt import encode_prompts
+from ..spec import JobSpec
+from . import Request
+
+
+def latent_shape(components: Components, request: Request) -> tuple[int, int, int]:
+    """(C, h, w) of one frame's latent."""
+    cell = components.cell_px
+    return components.vae.config.latent_channels, request.height // cell, request.width // cell
+
+
+def prompt_branches(components: Components, spec: JobSpec) -> tuple[Tensor, guidance.Guide, list[str]]:
+    """Embeddings of the guidance branches (B, m, c), what joins their predictions, and warnings.
+
+    At a guidance scale of 1 or less the prompt stands alone, as in diffusers.
+    """
+    prompts = [spec.negative_prompt, spec.prompt] if spec.guidance_scale > 1 else [spec.prompt]
+    text, warnings = encode_prompts(components.tokenizer, components.text_encoder, prompts)
+    guide = guidance.classifier_free(spec.guidance_scale) if len(prompts) == 2 else guidance.unguided
+    return text, guide, warnings
