@@ -1,0 +1,20 @@
+"""Line drawings by an informative-drawings generator: white lines on black."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import ConditionOptions, Extracted, Frames
+from .annotators import annotate, detector
+from .loading import load
+
+FILES = ("sk_model.pth", "sk_model2.pth")
+
+
+def extract(frames: Frames, options: ConditionOptions) -> Extracted:
+    """Line drawings: uint8 (F, H, W, 3) from RGB frames of that shape."""
+    return annotate(load(_loader, options.annotators, options.device), frames), ()
+
+
+def _loader(reference: str, device: str) -> Any:
+    return detector("LineartDetector", FILES, reference, device)
