@@ -1,0 +1,400 @@
+"""Manifest: the rows of a CSV or Parquet file as checked JobSpecs, streamed, with every problem of every row.
+
+A defect of the file as a whole is a `ManifestError` when it is opened; a defect of a row is a `BadRow`
+among the rows, so that one bad row never stops a batch.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from t2vz.errors import ManifestError, translating
+from t2vz.spec import JobSpec
+
+COLUMNS: dict[str, frozenset[str]] = {  # column → modes that use it
+    name: frozenset(field.json_schema_extra["modes"].split())  # type: ignore[index,union-attr]
+    for name, field in JobSpec.model_fields.items()
+}
+_MODES = ("text", "control", "edit")
+_SOURCES = ("source", "condition_video")
+_MODELS = ("model", "base_config", "controlnet", "depth_model", "pose_model", "person_detector", "annotators")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+_Record = tuple[int, Sequence[str] | str]  # (row number, cells); a text instead of cells says why there are none
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row that can be planned.
+
+    number: its place after the header, from 1; blank rows count, so it is a spreadsheet's row minus one.
+    id: given, or made from the row's content; unique in the manifest. Also in `spec.id`.
+    """
+
+    number: int
+    id: str
+    spec: JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one cell.
+
+    column: "" if it is the row as a whole. value: the cell as read, "" if absent.
+    reason: plain English that continues the column's name ("must be at least 1").
+    suggestion: the value that was probably meant, "" if none is near.
+    """
+
+    row: int
+    id: str
+    column: str
+    value: str
+    reason: str
+    suggestion: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.column} {self.reason}" if self.column else self.reason
+        if self.value:
+            text += f" (it is {_shortened(self.value)!r})"
+        return f"{text}; did you mean {self.suggestion!r}?" if self.suggestion else text
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that can't be planned, with all its problems.
+
+    fingerprint: 32 hex digits of its id and content, so that a mended row is another one.
+    """
+
+    number: int
+    id: str
+    problems: tuple[Problem, ...]
+    fingerprint: str
+
+    @property
+    def error(self) -> ManifestError:
+        return ManifestError(f"row {self.number} ({self.id}): " + "; ".join(map(str, self.problems)))
+
+
+def read(path: str | Path, defaults: Mapping[str, str] | None = None) -> Iterator[Row | BadRow]:
+    """The rows of a manifest in their order, read as they are asked for.
+
+    path: CSV (comma, semicolon or tab; UTF-8) or Parquet, told apart by content.
+    defaults: column → cell, for the columns that a row leaves empty and its mode uses. Paths in them are
+    relative to the manifest's folder, as those in the cells are.
+
+    Raises ManifestError at once if the file as a whole is unusable: missing, empty, not UTF-8, without a
+    prompt column, with unknown, unnamed or repeated columns, or if a default is bad.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: there is no such manifest") from None
+    except IsADirectoryError:
+        raise ManifestError(f"{path}: is a folder; name the manifest file in it") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: can't be read ({error.strerror})") from error
+    if magic == b"PK\x03\x04":
+        raise ManifestError(f"{path}: is a spreadsheet or zip file; save it as CSV (UTF-8)")
+    header, records = _open_parquet(path) if magic == b"PAR1" else _open_csv(path)
+    defaults = dict(defaults or {})
+    _check_header(path, header, defaults)
+    _check_defaults(defaults)
+    return _rows(path, header, records, defaults)
+
+
+def _rows(
+    path: Path, header: Sequence[str], records: Iterator[_Record], defaults: Mapping[str, str]
+) -> Iterator[Row | BadRow]:
+    columns = sorted((name, at) for at, name in enumerate(header))  # ids don't depend on the columns' order
+    filling = {
+        mode: {name: value for name, value in defaults.items() if value and mode in COLUMNS[name]} for mode in _MODES
+    }
+    anywhere = {name: value for name, value in filling["text"].items() if len(COLUMNS[name]) == len(_MODES)}
+    paths = _Paths(path.absolute().parent, {*header, *defaults})
+    ids = _Ids()
+    with translating("manifest", str(path)):
+        for number, record in records:
+            if isinstance(record, str) or len(record) != len(header):
+                yield _unreadable(number, record, len(header), ids)
+                continue
+            cells = {name: text for name, at in columns if (text := record[at].strip())}
+            if not cells:
+                continue
+            given = cells.get("id", "")
+            problems: list[tuple[str, str, str, str]] = []  # column, value, reason, suggestion
+            if not given or _CONTROL_CHARACTERS.search(given):
+                id = ids.unique(_digest(cells, 5), number)
+                if given:
+                    problems.append(("id", given, "contains a control character", ""))
+            elif (first := ids.rows.setdefault(given, number)) != number:
+                problems.append(("id", given, f"is the id of row {first} already", ""))
+                id = ids.unique(f"{given} (duplicate)", number)
+            else:
+                id = given
+            wanted = {**filling.get(cells.get("mode") or defaults.get("mode", "text"), anywhere), **cells}
+            paths.resolve(wanted)
+            wanted["id"] = id
+            try:
+                spec = JobSpec.model_validate(wanted)
+            except ValidationError as error:
+                problems += _explained(error)
+            if problems:
+                yield _bad(number, id, problems, cells)
+            else:
+                yield Row(number, id, spec)
+
+
+def _bad(number: int, id: str, problems: list[tuple[str, str, str, str]], content: object) -> BadRow:
+    return BadRow(number, id, tuple(Problem(number, id, *problem) for problem in problems), _digest((id, content), 16))
+
+
+def _unreadable(number: int, record: Sequence[str] | str, expected: int, ids: _Ids) -> BadRow:
+    reason = record if isinstance(record, str) else f"has {len(record)} cells where the header has {expected}"
+    id = ids.unique(_digest(record, 5), number)
+    return _bad(number, id, [("", "", reason, "")], record)
+
+
+def _digest(content: object, size_bytes: int) -> str:
+    return hashlib.blake2b(repr(content).encode("utf-8", "replace"), digest_size=size_bytes).hexdigest()
+
+
+class _Ids:
+    """The ids of the manifest so far, each with the row that has it."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+        self._copies: dict[str, int] = {}
+
+    def unique(self, id: str, number: int) -> str:
+        """`id`, or with -2, -3, … if other rows have it."""
+        candidate = id
+        while self.rows.setdefault(candidate, number) != number:
+            self._copies[id] = self._copies.get(id, 1) + 1
+            candidate = f"{id}-{self._copies[id]}"
+        return candidate
+
+
+class _Paths:
+    """Makes the paths in cells absolute; they are relative to the manifest's folder."""
+
+    def __init__(self, folder: Path, columns: Collection[str]) -> None:
+        self._folder = str(folder)
+        self._sources = [name for name in _SOURCES if name in columns]
+        self._models = [name for name in _MODELS if name in columns]
+        self._known: dict[str, str] = {}
+
+    def resolve(self, cells: dict[str, str]) -> None:
+        for name in self._sources:
+            value = cells.get(name)
+            if value and not _URI.match(value):
+                cells[name] = _absolute(self._folder, value)
+        for name in self._models:
+            value = cells.get(name)
+            if value:
+                parts = value.split("+") if name == "controlnet" else [value]
+                cells[name] = "+".join(self._model(part.strip()) for part in parts)
+
+    def _model(self, name: str) -> str:
+        """A model is a name or a hub id unless it is written as a path or lies beside the manifest."""
+        if name not in self._known:
+            path = _absolute(self._folder, name)
+            is_path = name.startswith(("./", "../")) or ("\0" not in name and os.path.exists(path))
+            self._known[name] = path if is_path else name
+        return self._known[name]
+
+
+@lru_cache(maxsize=4096)  # many rows share a source
+def _absolute(folder: str, path: str) -> str:
+    return os.path.normpath(os.path.join(folder, path))
+
+
+def _check_header(path: Path, header: Sequence[str], defaults: Mapping[str, str]) -> None:
+    if unnamed := [str(at) for at, name in enumerate(header, 1) if not name]:
+        raise ManifestError(f"{path}: column {', '.join(unnamed)} has no name in the header")
+    if unknown := [name for name in header if name not in COLUMNS]:
+        listed = ", ".join(f"{_shortened(name)!r}{_meant(name, COLUMNS)}" for name in unknown)
+        raise ManifestError(f"{path}: unknown column{'s' if len(unknown) > 1 else ''} {listed}")
+    if repeated := sorted({name for name in header if header.count(name) > 1}):
+        raise ManifestError(f"{path}: column {', '.join(repeated)} appears more than once: remove one")
+    if "prompt" not in header and not defaults.get("prompt"):
+        raise ManifestError(f"{path}: there is no prompt column; the columns are {', '.join(header)}")
+
+
+def _check_defaults(defaults: Mapping[str, str]) -> None:
+    """Refuse what no row could use; rules that span columns are left to the rows."""
+    for name in defaults:
+        if name not in COLUMNS:
+            raise ManifestError(f"default for an unknown column {name!r}{_meant(name, COLUMNS)}")
+        if name == "id":
+            raise ManifestError("there can't be a default for id: it names a single row")
+    try:
+        JobSpec.model_validate({"prompt": "-", **{name: value for name, value in defaults.items() if value}})
+    except ValidationError as error:
+        if error.errors()[0]["type"] != "columns":
+            bad = "; ".join(str(Problem(0, "", *problem)) for problem in _explained(error))
+            raise ManifestError(f"bad default: {bad}") from None
+
+
+def _open_csv(path: Path) -> tuple[list[str], Iterator[_Record]]:
+    first = ""
+    with path.open("rb") as file:  # the whole of it: no row is begun if one can't be read
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise ManifestError(f"{path}: line {number} is not UTF-8; save it as CSV UTF-8") from None
+            first = first or text.strip("\r\n ")
+    if not first:
+        raise ManifestError(f"{path}: is empty; the first line must name the columns")
+
+    delimiter = max(",;\t", key=lambda mark: sum(part.strip(' "') in COLUMNS for part in first.split(mark)))
+    records = _csv_records(path, delimiter)
+    _, header = next(records)
+    if isinstance(header, str):
+        raise ManifestError(f"{path}: the header {header}")
+    return [name.strip() for name in header], _numbered(records)
+
+
+def _csv_records(path: Path, delimiter: str) -> Iterator[_Record]:
+    """Header and rows as they come, blank lines before the header passed over."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+        begun = False
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells: Sequence[str] | str = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the reader goes on with the next line
+                cells = _csv_reason(str(error), line)
+            begun = begun or bool(cells)
+            if begun:
+                yield line, cells
+
+
+def _numbered(records: Iterator[_Record]) -> Iterator[_Record]:
+    for number, (_, cells) in enumerate(records, 1):
+        if cells:
+            yield number, cells
+
+
+def _csv_reason(error: str, line: int) -> str:
+    if "expected after" in error:
+        return f'(line {line}) has text after a closing quote; write quotes inside a cell twice ("")'
+    if "field limit" in error or "end of data" in error:
+        return f"(line {line}) opens a quote that is never closed, or has a cell of over 131072 characters"
+    return f"(line {line}) is not CSV: {error}"
+
+
+def _open_parquet(path: Path) -> tuple[list[str], Iterator[_Record]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{path}: is not a readable Parquet file ({_first_line(error)})") from error
+    for field in file.schema_arrow:
+        try:
+            _as_text(pa.nulls(0, field.type))
+        except pa.ArrowException:
+            raise ManifestError(f"{path}: column {field.name} holds {field.type}; write it as text") from None
+    return [name.strip() for name in file.schema_arrow.names], _parquet_records(path, file)
+
+
+def _parquet_records(path: Path, file: Any) -> Iterator[_Record]:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in file.iter_batches(batch_size=4096):
+            columns = [_as_text(column).to_pylist() for column in batch.columns]
+            for number, cells in enumerate(zip(*columns, strict=True), number + 1):  # noqa: B020
+                yield number, cells
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ManifestError(
+            f"{path}: row {number + 1} or one soon after can't be read ({_first_line(error)})"
+        ) from error
+
+
+def _as_text(column: Any) -> Any:
+    """The column as a CSV file would hold it: 512.0 as 512, lists joined by `+`, nulls empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = pc.binary_join(column.cast(pa.list_(pa.string())), "+")
+    elif pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)  # pandas' way to say absent
+    elif pa.types.is_temporal(column.type) or pa.types.is_binary(column.type):
+        raise pa.ArrowTypeError("no cell of a manifest is of this type")
+    return column.cast(pa.string()).fill_null("")
+
+
+def _explained(error: ValidationError) -> list[tuple[str, str, str, str]]:
+    """(column, value, reason, suggestion) of every problem that pydantic found."""
+    found = []
+    for detail in error.errors(include_url=False):
+        context: dict[str, Any] = detail.get("ctx", {})
+        if detail["type"] == "columns":
+            cells = detail["input"]
+            found += [(column, str(cells.get(column, "")), reason, "") for column, reason in context["problems"]]
+            continue
+        column = str(detail["loc"][0])
+        value = "" if detail["type"] == "missing" else str(detail["input"])
+        choices = re.findall(r"'([^']*)'", context["expected"]) if detail["type"] == "literal_error" else []
+        near = difflib.get_close_matches(value.lower(), choices, n=1)
+        found.append((column, value, _reason(detail["type"], detail["msg"], context, choices), *(near or [""])))
+    return found
+
+
+def _reason(kind: str, message: str, context: Mapping[str, Any], choices: list[str]) -> str:
+    if choices:
+        return f"must be one of {', '.join(choices)}"
+    reasons = {
+        "missing": "is needed",
+        "bool_parsing": "must be true or false",
+        "finite_number": "must be a finite number",
+        "float_parsing": "must be a number",
+        "greater_than": "must be above {gt}",
+        "greater_than_equal": "must be at least {ge}",
+        "int_from_float": "must be a whole number",
+        "int_parsing": "must be a whole number",
+        "int_parsing_size": "has too many digits",
+        "less_than": "must be below {lt}",
+        "less_than_equal": "must be at most {le}",
+        "multiple_of": "must be a multiple of {multiple_of}",
+        "rate": "is " + message if message.startswith("not") else message.removeprefix("a rate "),
+        "string_too_long": "is longer than {max_length} characters",
+        "string_too_short": "is empty",
+    }
+    return reasons[kind].format(**context) if kind in reasons else f"is not accepted: {message}"
+
+
+def _meant(name: str, choices: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name.lower(), choices, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,223 @@
+"""Plan: which rows of a manifest are to be rendered, which are done, and which can't be as they stand.
+
+Reads the manifest, the results and the sources' headers; renders and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t2vz.errors import SourceEmpty, SourceTooLarge, T2VZError, translating
+from t2vz.manifest import BadRow, Row, read
+from t2vz.media.limits import Limits
+from t2vz.results import Finished, ResultStore
+from t2vz.spec import JobSpec, evaluations, job_id, seed_of
+
+if TYPE_CHECKING:
+    from t2vz.media.probe import Probe
+
+TEXT_FRAMES = 8  # of a text row without video_length
+
+# The columns that a row's model identity depends on: rows that agree in them share one look at the files.
+_MODEL_COLUMNS = (
+    *("mode", "model", "revision", "base_config", "condition", "controlnet"),
+    *("depth_model", "pose_model", "person_detector", "annotators"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row to render.
+
+    seed: as used, drawn from the job's id if the row has none. source_fingerprint: None in text mode.
+    frames: expected; exact but for damaged sources. unet_evaluations: of one frame, all guidance branches.
+    """
+
+    job_id: str
+    row: Row
+    seed: int
+    model_revision: str
+    source_fingerprint: str | None
+    frames: int
+    unet_evaluations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unready:
+    """A row that can't be rendered as the manifest, its sources and models stand.
+
+    job_id: of this defective state; the mended row is another job. spec: None if the row itself is bad.
+    """
+
+    row_number: int
+    id: str
+    job_id: str
+    error: T2VZError
+    spec: JobSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A row with an ok result whose output is there."""
+
+    job_id: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of rendering."""
+
+    jobs: int = 0
+    frames: int = 0
+    unet_evaluations: int = 0
+
+    def plus(self, job: Job) -> Work:
+        return Work(self.jobs + 1, self.frames + job.frames, self.unet_evaluations + job.unet_evaluations)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """to_do: of all jobs; groups: of those of each (model, mode). done, unready: rows."""
+
+    to_do: Work
+    done: int
+    unready: int
+    groups: Mapping[tuple[str, str], Work] = field(default_factory=dict)
+
+
+def plan(
+    manifest: str | Path,
+    out: str | Path | None,
+    defaults: Mapping[str, str] | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    verify: bool = False,
+) -> Iterator[Job | Unready | Done]:
+    """What each row of the manifest comes to, in its order, as it is asked for.
+
+    out: the output folder whose results say what is done; None: nothing is.
+    defaults: see `manifest.read`. verify: read every done output again, not its size and time only.
+
+    Raises ManifestError (the manifest as a whole), ResultsError and OutputError (the output folder). What is
+    wrong with a row or its source is an `Unready` among the others.
+    """
+    rows = read(manifest, defaults)
+    done = {} if out is None else ResultStore(out).done()
+    return _planned(rows, Path(out or "."), done, limits, verify)
+
+
+def summarise(planned: Iterable[Job | Unready | Done]) -> Summary:
+    """The totals of a plan."""
+    to_do, done, unready = Work(), 0, 0
+    groups: dict[tuple[str, str], Work] = {}
+    for item in planned:
+        if isinstance(item, Job):
+            key = item.row.spec.model, item.row.spec.mode
+            to_do = to_do.plus(item)
+            groups[key] = groups.get(key, Work()).plus(item)
+        elif isinstance(item, Done):
+            done += 1
+        else:
+            unready += 1
+    return Summary(to_do, done, unready, groups)
+
+
+def is_there(out: str | Path, finished: Finished, verify: bool = False) -> bool:
+    """True if the output is as it was recorded.
+
+    Its size and modification time are proof enough; the checksum is computed if the time differs (a copied
+    folder), for folders of images, and with `verify`. Raises OutputError if it can't be read.
+    """
+    path = Path(out, finished.output_uri)
+    with translating("results", str(path)):
+        try:
+            stat = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if path.is_file():
+            if stat.st_size != finished.output_bytes:
+                return False
+            if stat.st_mtime_ns == finished.output_mtime_ns and not verify:
+                return True
+        from t2vz.media.encode import checksum
+
+        return checksum(path)[0] == finished.output_sha256
+
+
+def _planned(
+    rows: Iterable[Row | BadRow], out: Path, done: Mapping[str, Finished], limits: Limits, verify: bool
+) -> Iterator[Job | Unready | Done]:
+    from t2vz.media.fingerprint import fingerprint
+    from t2vz.media.probe import probe
+
+    @lru_cache(maxsize=256)  # rows that share a source mostly follow each other
+    def probed(path: str) -> Probe:
+        return probe(path, limits)
+
+    revision_of = _revisions()
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield Unready(row.number, row.id, row.fingerprint, row.error)
+            continue
+        spec = row.spec
+        source = spec.condition_video or spec.source
+        try:
+            revision = revision_of(spec)
+            content = None if source is None else fingerprint(source)
+            job = job_id(spec, revision, content)
+            if job in done and is_there(out, done[job], verify):
+                yield Done(job, row.id)
+                continue
+            frames = spec.video_length or TEXT_FRAMES
+            if source is not None:
+                frames = _frames(spec, probed(source), limits)
+        except T2VZError as error:
+            yield Unready(row.number, row.id, job_id(spec, f"unready {spec.model}", source), error, spec)
+            continue
+        yield Job(job, row, seed_of(spec, job), revision, content, frames, evaluations(spec, frames))
+
+
+def _revisions() -> Callable[[JobSpec], str]:
+    """`models.table.identity`, asked once for all rows with the same model columns."""
+    from t2vz.models.table import identity
+
+    known: dict[tuple[object, ...], str | T2VZError] = {}
+
+    def revision_of(spec: JobSpec) -> str:
+        key = (spec.conditions_extracted, *(getattr(spec, name) for name in _MODEL_COLUMNS))
+        if key not in known:
+            try:
+                with translating("model", spec.model):
+                    known[key] = identity(spec)
+            except T2VZError as error:
+                known[key] = error
+        found = known[key]
+        if isinstance(found, T2VZError):
+            raise found.with_traceback(None)  # else it would grow with every row
+        return found
+
+    return revision_of
+
+
+def _frames(spec: JobSpec, source: Probe, limits: Limits) -> int:
+    """How many frames the row will have: those of its range at its rate, at most video_length."""
+    rate, begin_s, end_s = spec.fps or source.rate_fps, source.first_pts_s, source.end_s
+    if source.kind == "folder":  # images have no times of their own: the row's rate is theirs
+        begin_s, end_s = 0.0, float(source.frames / rate)
+    stop_s = end_s if spec.end_s is None else min(spec.end_s, end_s)
+    # Two ticks: a range that ends on a frame's rounded time doesn't hold that frame.
+    length_s = stop_s - max(spec.start_s, begin_s) - 2 * source.tick_s
+    if length_s <= 0:
+        raise SourceEmpty(f"{source.path}: lasts until {end_s:g} s; there is no frame after {spec.start_s:g} s")
+    frames = max(1, ceil(length_s * float(rate) - 1e-6))
+    frames = min(frames, spec.video_length or frames)
+    if frames > limits.max_frames:
+        raise SourceTooLarge(
+            f"{source.path}: {frames} frames, the limit is {limits.max_frames}: set end_s or video_length, or lower fps"
+        )
+    return frames

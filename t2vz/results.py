@@ -1,0 +1,587 @@
+"""Results: a row for every job, kept so that a kill at any moment loses no finished row and doubles none.
+
+OUT/records/  a small record a finished job, written whole or not at all: the job's commit point
+OUT/results/  the Delta table that the records are merged into, in batches
+
+A row counts once its record is there, so whoever reads takes the table and the waiting records together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from t2vz.errors import OutputError, ResultsBusy, ResultsError, StorageTimeout, T2VZError, translate
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_log = logging.getLogger(__name__)
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_MERGE_TRIES = 20
+_COMPACT_FILES = 100  # a MERGE slows with the number of files, and every flush adds one
+
+Status = Literal["ok", "failed", "skipped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRow:
+    """What became of one manifest row in one run. `None` is "not known": a failed row has no output.
+
+    job_id, run_id: letters, digits, `-` and `_`. id: the manifest row's.
+    parameters, quality: JSON objects. fps: exact, as "30000/1001". output_uri: relative to the output folder.
+    started_at, finished_at: of the attempt that ended so; with a time zone. Raises ValueError if a field is
+    of another type than the schema's.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    job_id: str
+    run_id: str
+    id: str
+    manifest: str | None = None
+    row_number: int | None = None
+    status: str
+    error_stage: str | None = None
+    error_class: str | None = None
+    error_message: str | None = None
+    retryable: bool | None = None
+    attempts: int = 1
+    warnings: tuple[str, ...] = ()
+
+    mode: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    parameters: str | None = None
+    seed: int | None = None
+    model: str | None = None
+    model_revision: str | None = None
+    controlnets: tuple[str, ...] | None = None
+    loras: tuple[str, ...] | None = None
+    scheduler: str | None = None
+    dtype: str | None = None
+
+    source_uri: str | None = None
+    source_fingerprint: str | None = None
+    decoder: str | None = None
+    output_uri: str | None = None
+    output_sha256: str | None = None
+    output_bytes: int | None = None
+    output_mtime_ns: int | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    fps: str | None = None
+    codec: str | None = None
+    audio_kept: bool | None = None
+
+    decode_s: float | None = None
+    conditions_s: float | None = None
+    model_s: float | None = None
+    generate_s: float | None = None
+    encode_s: float | None = None
+    wall_s: float | None = None
+    unet_evaluations: int | None = None
+    device: str | None = None
+    peak_memory_bytes: int | None = None
+    quality: str | None = None
+
+    t2vz_version: str | None = None
+    torch_version: str | None = None
+    diffusers_version: str | None = None
+    started_at: datetime
+    finished_at: datetime
+
+    def __post_init__(self) -> None:
+        # A value that Arrow can't hold would stop the merge of all waiting records: refuse it at birth.
+        for name, (kind, optional) in _FIELDS.items():
+            value = getattr(self, name)
+            if not (value is None and optional) and not _fits(value, kind):
+                raise ValueError(f"{name} must be {kind}{' or None' if optional else ''}, not {value!r}")
+        if self.status not in ("ok", "failed", "skipped"):
+            raise ValueError(f"status must be ok, failed or skipped, not {self.status!r}")
+        if self.status == "ok" and any(getattr(self, name) is None for name in Finished._fields):
+            raise ValueError(f"an ok row needs {', '.join(Finished._fields)}")
+        for name in ("job_id", "run_id"):
+            if not _KEY.fullmatch(getattr(self, name)):
+                raise ValueError(f"{name} must be of letters, digits, - and _, not {getattr(self, name)!r}")
+
+
+_FIELDS: dict[str, tuple[str, bool]] = {  # name → (type as written, may be None)
+    field.name: (str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None"))
+    for field in fields(ResultRow)
+}
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "tuple[str, ...]":
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    if kind == "int":
+        return isinstance(value, int) and -(2**63) <= value < 2**63
+    if kind == "float":
+        return isinstance(value, int | float)
+    if kind == "datetime":
+        return isinstance(value, datetime) and value.tzinfo is not None
+    return isinstance(value, {"str": str, "bool": bool}[kind])
+
+
+def schema() -> pa.Schema:
+    """The table's columns. Fixed: types inferred from data change with it (an empty column is void)."""
+    import pyarrow as pa
+
+    types = {
+        "str": pa.string(),
+        "int": pa.int64(),
+        "float": pa.float64(),
+        "bool": pa.bool_(),
+        "datetime": pa.timestamp("us", tz="UTC"),
+        "tuple[str, ...]": pa.list_(pa.string()),
+    }
+    return pa.schema([(name, types[kind]) for name, (kind, _) in _FIELDS.items()])
+
+
+class Finished(NamedTuple):
+    """An ok job's output, as it was when its row was written."""
+
+    output_uri: str
+    output_bytes: int
+    output_mtime_ns: int
+    output_sha256: str
+
+
+def replaces(new: ResultRow, old: ResultRow) -> bool:
+    """True if `new` takes the place of `old`, a row of the same job.
+
+    An ok row holds from its finish, any other from its start: the later one wins. So a failure replaces an
+    ok only if it began after that had finished, when its planner had found the file gone. One order for
+    all rows: in which order they arrive doesn't matter.
+    """
+    a, b = _holds_from(new), _holds_from(old)
+    return a > b or (a == b and new.status == "ok")
+
+
+def _holds_from(row: ResultRow) -> datetime:
+    return row.finished_at if row.status == "ok" else row.started_at
+
+
+_HOLDS_FROM = "CASE WHEN {0}.status = 'ok' THEN {0}.finished_at ELSE {0}.started_at END"
+_REPLACES = "({s}) > ({t}) OR (({s}) = ({t}) AND s.status = 'ok')".format(
+    s=_HOLDS_FROM.format("s"), t=_HOLDS_FROM.format("t")
+)
+
+
+class ResultStore:
+    """The results of an output folder. Safe for several threads, processes and runs at once.
+
+    Nothing is created before the first `commit`.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out).absolute()
+        if re.search("%[0-9A-Fa-f]{2}", str(self.out)):  # deltalake 1.6 decodes it and then looks elsewhere
+            raise ResultsError(f"{self.out}: a % before two hex digits can't be in the output folder's path")
+
+    def commit(self, row: ResultRow) -> bool:
+        """Keep a finished row; durable against kill -9 once this returns.
+
+        False if an ok row of the job is waiting already, from a run that worked at the same time: that one
+        stands. Raises ResultsBusy, ResultsError, OutputError (no space, no permission), StorageTimeout.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        body = _to_json(row)
+        with _storage(self.out):
+            if row.status != "ok":
+                obstore.put(self._store, f"records/{row.job_id}.{row.run_id}.{row.status}.json", body)
+                return True
+            key = _ok_key(row.job_id)
+            for _ in range(_MERGE_TRIES):
+                try:
+                    obstore.put(self._store, key, body, mode="create", use_multipart=False)
+                    return True
+                except AlreadyExistsError:
+                    there = self._body(key)
+                if there is None:
+                    continue  # merged in this moment
+                if there == body:
+                    return True  # written by ourselves; only the answer was lost
+                other = self._parsed(key, there)
+                if other is not None and row.started_at <= other.finished_at:
+                    return False
+                # It had finished before this attempt began, so our planner saw it and found its file gone.
+                self._flush([key])
+        raise ResultsBusy(f"{self.out}: other runs keep writing job {row.job_id}; try again")
+
+    def flush(self, limit: int = 1000) -> int:
+        """Merge the waiting records into the table, at most `limit` in one step; how many they were.
+
+        Raises ResultsBusy if other writers won every try, ResultsError, OutputError, StorageTimeout. The
+        records then wait on: nothing is lost.
+        """
+        with _storage(self.out):
+            keys = self._waiting()
+            merged = sum(self._flush(keys[at : at + limit]) for at in range(0, len(keys), limit))
+            if merged:
+                self._compact()
+        return merged
+
+    def done(self) -> Mapping[str, Finished]:
+        """The outputs of all ok jobs by job_id, waiting ones included."""
+        import pyarrow.compute as pc
+
+        with _storage(self.out):
+            waiting = self._records()  # before the table: a record merged in between is then seen twice, not never
+            found: dict[str, Finished] = {}
+            if (table := self._table()) is not None:
+                columns = ["job_id", *Finished._fields]
+                # Filtered here: a filter handed to the dataset fails on deltalake's string_view statistics.
+                for batch in table.to_pyarrow_dataset().to_batches(columns=["status", *columns]):
+                    ok = batch.filter(pc.equal(batch["status"], "ok"))
+                    values = [ok[name].to_pylist() for name in columns]
+                    found.update((job, Finished(*output)) for job, *output in zip(*values, strict=True))
+        for row in waiting:
+            if row.status == "ok":
+                found[row.job_id] = Finished(*(getattr(row, name) for name in Finished._fields))
+        return found
+
+    def is_done(self, job_id: str) -> bool:
+        """True if an ok record of the job waits: a cheap look for what another run has just finished."""
+        with _storage(self.out):
+            body = self._body(_ok_key(job_id)) if self.out.is_dir() else None
+            return body is not None and self._parsed(_ok_key(job_id), body) is not None
+
+    def arrow(self) -> pa.Table:
+        """A row for every job: the table's and the waiting ones. Raises ResultsError if there are none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        with _storage(self.out):
+            waiting: dict[str, ResultRow] = {}
+            for row in self._records():
+                if row.job_id not in waiting or replaces(row, waiting[row.job_id]):
+                    waiting[row.job_id] = row
+            table = self._table()
+            if table is None and not waiting:
+                raise ResultsError(f"{self.out}: there are no results here; is it a run's output folder?")
+            merged = schema().empty_table()
+            if table is not None:
+                merged = table.to_pyarrow_dataset().to_table().select(schema().names).cast(schema())
+                known = pc.is_in(merged["job_id"], pa.array(waiting, pa.string()))
+                for old in _rows(merged.filter(known)):
+                    if not replaces(waiting[old.job_id], old):
+                        waiting[old.job_id] = old
+                merged = merged.filter(pc.invert(known))
+            return pa.concat_tables([merged, _to_arrow(list(waiting.values()))])
+
+    @cached_property
+    def _store(self) -> Any:
+        from obstore.store import LocalStore
+
+        return LocalStore(self.out, mkdir=True)  # readers ask only once the folder is there
+
+    def _waiting(self) -> list[str]:
+        """Keys of the waiting records."""
+        import obstore
+
+        if not self.out.is_dir():
+            return []
+        listed = obstore.list_with_delimiter(self._store, "records")["objects"]
+        return sorted(entry["path"] for entry in listed if entry["path"].endswith(".json"))
+
+    def _records(self) -> list[ResultRow]:
+        found = []
+        for key in self._waiting():
+            body = self._body(key)
+            row = None if body is None else self._parsed(key, body)
+            if row is not None:
+                found.append(row)
+        return found
+
+    def _body(self, key: str) -> bytes | None:
+        """The record, None if another process has merged it meanwhile."""
+        import obstore
+
+        try:
+            return bytes(obstore.get(self._store, key).bytes())
+        except FileNotFoundError:
+            return None
+
+    def _parsed(self, key: str, body: bytes) -> ResultRow | None:
+        """The record's row. What is none (a power loss can leave zero bytes) is logged, None."""
+        try:
+            return _from_json(body)
+        except ValueError as error:
+            _log.warning("%s/%s is not a result record (%s); its row will be done again", self.out, key, error)
+            return None
+
+    def _flush(self, keys: Sequence[str]) -> int:
+        import obstore
+
+        bodies: dict[str, bytes] = {}
+        newest: dict[str, ResultRow] = {}  # MERGE would insert a key twice that is in its source twice
+        for key in keys:
+            body = self._body(key)
+            if body is None:
+                continue
+            row = self._parsed(key, body)
+            if row is None:
+                self._set_aside(key)
+                continue
+            bodies[key] = body
+            if row.job_id not in newest or replaces(row, newest[row.job_id]):
+                newest[row.job_id] = row
+        if newest:
+            self._merge(_to_arrow(list(newest.values())))
+        for key, body in bodies.items():
+            # Another flusher may have removed it, and a later run put a new one in its place.
+            if self._body(key) == body:
+                try:
+                    obstore.delete(self._store, key)
+                except FileNotFoundError:
+                    continue
+        return len(bodies)
+
+    def _set_aside(self, key: str) -> None:
+        import obstore
+
+        try:
+            obstore.rename(self._store, key, key.replace("records/", "records/corrupt/", 1))
+        except FileNotFoundError:
+            _log.debug("%s was set aside by another process", key)
+
+    def _merge(self, rows: pa.Table) -> None:
+        from deltalake.exceptions import CommitFailedError
+
+        for attempt in range(_MERGE_TRIES):
+            try:
+                (
+                    self._table(create=True)
+                    .merge(rows, "t.job_id = s.job_id", source_alias="s", target_alias="t")
+                    .when_matched_update_all(predicate=_REPLACES)
+                    .when_not_matched_insert_all()
+                    .execute()
+                )
+                return
+            except CommitFailedError:
+                time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
+        raise ResultsBusy(f"{self.out}: other writers won {_MERGE_TRIES} times; the records wait, flush again")
+
+    def _table(self, create: bool = False) -> Any:
+        """The Delta table as it is now; None if there is none and it shall not be created."""
+        from deltalake import DeltaTable
+
+        path = str(self.out / "results")
+        if not DeltaTable.is_deltatable(path):
+            if not create:
+                return None
+            DeltaTable.create(
+                path,
+                schema=schema(),
+                mode="ignore",
+                configuration={
+                    "delta.checkpointInterval": "50",
+                    "delta.logRetentionDuration": "interval 1 days",
+                },
+            )
+        table = DeltaTable(path)
+        if [field.name for field in table.schema().fields] != schema().names:
+            raise ResultsError(f"{path}: was written by another version of t2vz; use another output folder")
+        return table
+
+    def _compact(self) -> None:
+        """Join small files once they are many. Replaced ones stay for a week: readers may be at them."""
+        from deltalake.exceptions import CommitFailedError
+
+        table = self._table()
+        if len(table.file_uris()) <= _COMPACT_FILES:
+            return
+        try:
+            table.optimize.compact()
+            table.vacuum(dry_run=False)
+        except CommitFailedError:
+            _log.debug("%s: another writer was faster; a later flush will compact", self.out)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows read from an output folder."""
+
+    table: pa.Table
+
+    def arrow(self) -> pa.Table:
+        return self.table
+
+    def pandas(self) -> pd.DataFrame:
+        """With nullable types: as plain numpy ones, integers beside nulls become floats and seeds change."""
+        import pandas as pd
+        import pyarrow as pa
+
+        types = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+        return self.table.to_pandas(types_mapper=types.get)
+
+    def where(self, status: str | None = None, mode: str | None = None, model: str | None = None) -> Results:
+        """The rows that have all of the given values."""
+        import pyarrow.compute as pc
+
+        table = self.table
+        for name, value in (("status", status), ("mode", mode), ("model", model)):
+            if value is not None:
+                table = table.filter(pc.equal(table[name], value))
+        return Results(table)
+
+    def __iter__(self) -> Iterator[ResultRow]:
+        return _rows(self.table)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+
+def read(out: str | Path, *, all: bool = False) -> Results:
+    """The results in an output folder; creates nothing.
+
+    For each manifest row `id` the row that finished last, in the order of finishing; with `all` also those
+    of earlier versions of the row. Raises ResultsError if the folder has no results.
+    """
+    import pyarrow as pa
+
+    table = ResultStore(out).arrow().sort_by("finished_at")
+    if not all:
+        places = pa.table({"id": table["id"], "place": range(table.num_rows)})
+        last = places.group_by("id").aggregate([("place", "max")])["place_max"]
+        table = table.take(last.combine_chunks().sort())
+    return Results(table)
+
+
+def export(
+    out: str | Path,
+    path: str | Path,
+    *,
+    status: str | None = None,
+    mode: str | None = None,
+    model: str | None = None,
+    all: bool = False,
+) -> int:
+    """Write the current results to a .csv, .parquet or .json file, whole or not at all; how many rows.
+
+    In CSV, lists (warnings, controlnets, loras) are JSON texts. Raises ResultsError, OutputError.
+    """
+    path = Path(path)
+    write = {".csv": _write_csv, ".parquet": _write_parquet, ".json": _write_json}.get(path.suffix.lower())
+    if write is None:
+        raise ResultsError(f"{path}: name a file that ends in .csv, .parquet or .json")
+    table = read(out, all=all).where(status, mode, model).arrow()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(table, temporary)
+        os.replace(temporary, path)
+    except Exception as error:
+        raise translate(error, "results", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return int(table.num_rows)
+
+
+def _write_csv(table: pa.Table, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.csv
+
+    for at, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[at].to_pylist()]
+            table = table.set_column(at, field.name, pa.array(texts, pa.string()))
+    pyarrow.csv.write_csv(table, path)
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table, path)
+
+
+def _write_json(table: pa.Table, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(table.to_pylist(), file, ensure_ascii=False, indent=1, default=datetime.isoformat)
+
+
+def _ok_key(job_id: str) -> str:
+    return f"records/{job_id}.ok.json"
+
+
+def _to_json(row: ResultRow) -> bytes:
+    values = {name: getattr(row, name) for name in _FIELDS}
+    # "replace": a file name that isn't UTF-8 reaches us with lone surrogates, which Arrow can't hold.
+    return json.dumps(values, ensure_ascii=False, default=_utc_text).encode("utf-8", "replace")
+
+
+def _utc_text(value: datetime) -> str:
+    return value.astimezone(UTC).isoformat()
+
+
+def _from_json(body: bytes) -> ResultRow:
+    """Raises ValueError if the body is no record."""
+    values = json.loads(body)
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    try:
+        return _row(
+            {
+                name: datetime.fromisoformat(value) if _FIELDS[name][0] == "datetime" else value
+                for name, value in values.items()
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _row(values: dict[str, Any]) -> ResultRow:
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return ResultRow(**(values | lists))
+
+
+def _rows(table: pa.Table) -> Iterator[ResultRow]:
+    for batch in table.to_batches(max_chunksize=1000):
+        yield from map(_row, batch.to_pylist())
+
+
+def _to_arrow(rows: Sequence[ResultRow]) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.Table.from_pylist([{name: getattr(row, name) for name in _FIELDS} for row in rows], schema())
+
+
+@contextmanager
+def _storage(out: Path) -> Iterator[None]:
+    """Translate what obstore, deltalake and the file system raise."""
+    from deltalake.exceptions import DeltaError
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except T2VZError:
+        raise
+    except (BaseError, DeltaError, OSError) as error:
+        text = str(error)
+        reason = (text.splitlines() or [type(error).__name__])[0]
+        if "No space left" in text or "os error 28" in text:
+            raise OutputError(f"{out}: no space left on the device", stage="results") from error
+        if "ermission denied" in text or "Read-only file system" in text:
+            raise OutputError(f"{out}: no permission to write results there", stage="results") from error
+        if "timed out" in text or "timeout" in text:
+            raise StorageTimeout(f"{out}: no answer in time ({reason})", stage="results") from error
+        raise ResultsError(f"{out}: the results can't be read or written ({reason})") from error
+    except Exception as error:
+        raise translate(error, "results", str(out)) from error
