@@ -1,0 +1,434 @@
+"""One job, whole: decode, conditions, generate, encode, commit. The only place where the stages meet."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .clip import Clip
+from .errors import OutputError, T2VZError, translate, translating
+from .events import Event, emit
+from .media.limits import Limits
+from .plan import Job, Unready
+from .results import ResultRow, ResultStore
+from .spec import JobSpec, canonical, evaluations
+
+if TYPE_CHECKING:
+    from .media.encode import Encoded
+    from .models.loading import Components
+    from .modes import Generated
+
+STAGES = ("decode", "conditions", "generate", "encode")
+TEXT_FPS = Fraction(4)  # the paper's demo; text mode has no source to take a rate from
+TEXT_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the rows of a run share.
+
+    out: the output folder. manifest: where the rows come from, for the results. device: "auto", "cpu", "cuda:0", …
+    """
+
+    out: Path
+    manifest: str
+    run_id: str
+    device: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def workspace(self) -> Path:
+        """This run's temporary files, on the output's file system so that finished files can be renamed."""
+        return self.out / ".work" / self.run_id
+
+    def store(self) -> ResultStore:
+        return ResultStore(self.out)
+
+
+@contextmanager
+def opening(settings: Settings) -> Iterator[None]:
+    """The output folder made ready for a run; leftovers of runs that were killed are removed.
+
+    Every run holds a lock on a file of its own, which the system releases when its process ends, however it
+    ends: so a run that is still alive is told from a dead one. Raises OutputError.
+    """
+    work = settings.workspace.parent
+    with translating("encode", str(settings.out)):
+        if settings.out.exists() and not settings.out.is_dir():
+            raise OutputError(f"{settings.out}: not a folder; choose another output folder")
+        work.mkdir(parents=True, exist_ok=True)
+        (settings.out / "videos").mkdir(exist_ok=True)
+        with _locked(work / "sweep.lock", wait=True):
+            for lock in work.glob("*.run"):
+                with suppress(BlockingIOError), _locked(lock, wait=False):
+                    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                    lock.unlink(missing_ok=True)
+            own = os.open(work / f"{settings.run_id}.run", os.O_CREAT | os.O_RDWR, 0o644)
+            fcntl.flock(own, fcntl.LOCK_EX)
+            settings.workspace.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(settings.workspace, ignore_errors=True)
+        (work / f"{settings.run_id}.run").unlink(missing_ok=True)
+        os.close(own)
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Render:
+    """One job under way. `run` does a stage; a stage that failed can be run again, its inputs are still there."""
+
+    def __init__(self, job: Job, settings: Settings) -> None:
+        self.job = job
+        self.spec: JobSpec = job.row.spec
+        self.settings = settings
+        self.started_at = datetime.now(UTC)
+        self.attempts: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.clip: Clip | None = None
+        self.conditions: tuple[NDArray[np.uint8], ...] = ()
+        self.components: Components | None = None
+        self.generated: Generated | None = None
+        self.encoded: Encoded | None = None
+        self.device = ""
+        self._steps_done = 0
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this job needs, in order."""
+        needed = {"generate", "encode"}
+        if self.spec.mode != "text":
+            needed.add("decode")
+        if self.spec.conditions_extracted:
+            needed.add("conditions")
+        return tuple(stage for stage in STAGES if stage in needed)
+
+    @property
+    def workspace(self) -> Path:
+        return self.settings.workspace / self.job.job_id
+
+    def run(self, stage: str) -> None:
+        """Do a stage once. Raises T2VZError."""
+        self.attempts[stage] = self.attempts.get(stage, 0) + 1
+        emit(Event("stage", self.job.row.id, stage))
+        start = time.monotonic()
+        subject = self.spec.source or self.spec.condition_video or ""
+        with translating(stage, subject if stage in ("decode", "conditions") else ""):
+            self.workspace.mkdir(parents=True, exist_ok=True)
+            getattr(self, f"_{stage}")()
+        self.seconds[stage] = time.monotonic() - start
+
+    def _decode(self) -> None:
+        from .conditions import fit_condition
+        from .media.decode import decode
+        from .models.loading import native_px
+
+        spec = self.spec
+        sized = spec.width is not None or spec.height is not None
+        clip = decode(
+            spec.source or spec.condition_video or "",
+            start_s=spec.start_s,
+            end_s=spec.end_s,
+            fps=spec.fps,
+            video_length=spec.video_length,
+            width=spec.width,
+            height=spec.height,
+            longest_px=None if sized else native_px(spec),
+            limits=self.settings.limits,
+            workspace=self.workspace,
+        )
+        self._warn(*clip.warnings)
+        if spec.condition_video is not None:
+            frames, warnings = fit_condition(clip.frames, spec.video_length or len(clip))
+            self._warn(*warnings)
+            self.conditions = (frames,)
+        elif spec.video_length is not None and len(clip) < spec.video_length:
+            self._warn(f"the source has {len(clip)} frames of the {spec.video_length} asked for (video_length)")
+        self.clip = clip
+
+    def _conditions(self) -> None:
+        from .conditions import ConditionOptions, extract
+
+        assert self.clip is not None
+        options = ConditionOptions.of(self.spec, device=self._device())
+        made = [extract(name, self.clip.frames, options) for name in self.spec.condition]
+        self._warn(*(warning for _, warnings in made for warning in warnings))
+        self.conditions = tuple(frames for frames, _ in made)
+
+    def _generate(self) -> None:
+        from .models.loading import load, native_px
+        from .modes import Request, generate
+
+        spec, clip = self.spec, self.clip
+        device = self._device()
+        start = time.monotonic()
+        self.components = load(spec, device)
+        self.seconds["model"] = time.monotonic() - start
+        if clip is None:
+            native = native_px(spec)
+            width, height, frames = (
+                spec.width or native,
+                spec.height or native,
+                spec.video_length or TEXT_FRAMES,
+            )
+        else:
+            width, height, frames = clip.width, clip.height, len(clip)
+        self._steps_done, total = 0, evaluations(spec, frames)
+
+        def on_step(count: int) -> None:
+            self._steps_done += count
+            emit(Event("step", self.job.row.id, "generate", self._steps_done, total))
+
+        request = Request(
+            spec,
+            self.job.seed,
+            width,
+            height,
+            frames,
+            source=clip.frames if clip is not None and spec.mode == "edit" else None,
+            conditions=self.conditions,
+            on_step=on_step,
+        )
+        self.generated = generate(self.components, request)
+        self._warn(*self.generated.warnings)
+        # The arrays of a long clip are big; from here on only its rate and sound are needed.
+        self.conditions = ()
+        if clip is not None:
+            self.clip = replace(clip, frames=clip.frames[:1].copy(), timestamps_s=clip.timestamps_s[:1])
+
+    def _encode(self) -> None:
+        from .engine import vae
+        from .media.encode import Encoding, encode, publish
+
+        assert self.components is not None
+        assert self.generated is not None
+        spec, clip, latents = self.spec, self.clip, self.generated.latents
+        cell = self.components.cell_px
+        encoded = encode(
+            vae.decode(self.components.vae, latents),
+            self.workspace / f"video-{self.attempts['encode']}",
+            width=latents.shape[-1] * cell,
+            height=latents.shape[-2] * cell,
+            rate_fps=clip.rate_fps if clip is not None else spec.fps or TEXT_FPS,
+            encoding=Encoding.of(spec),
+            audio=clip.audio if clip is not None and spec.audio else None,
+            metadata=self._parameters() | {"job_id": self.job.job_id, "t2vz": version("t2vz")},
+        )
+        self._warn(*encoded.warnings)
+        suffix = "" if spec.format == "png" else f".{spec.format}"
+        name = f"{file_name(self.job.row.id)}-{encoded.sha256[:12]}{suffix}"
+        self.encoded = publish(encoded, self.settings.out / "videos" / name)
+
+    def _warn(self, *warnings: str) -> None:
+        for warning in warnings:
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+                emit(Event("warning", self.job.row.id, message=warning))
+
+    def _device(self) -> str:
+        self.device = resolve_device(self.settings.device)
+        return self.device
+
+    def _parameters(self) -> dict[str, Any]:
+        return canonical(self.spec) | {
+            "model": self.spec.model,
+            "model_revision": self.job.model_revision,
+            "source_fingerprint": self.job.source_fingerprint,
+            "seed": self.job.seed,
+        }
+
+    def row(self, error: T2VZError | None = None) -> ResultRow:
+        """The results row: ok, or failed with `error`."""
+        from .models import table
+
+        spec, job, encoded = self.spec, self.job, self.encoded
+        finished = datetime.now(UTC)
+        controlnets: tuple[str, ...] = ()
+        if spec.mode == "control":
+            with suppress(T2VZError):  # a failed row's model may have none
+                controlnets = table.controlnet_references(spec)
+        row = _common_row(self.settings, job.job_id, job.row.id, job.row.number, self.started_at, finished)
+        row |= {
+            "attempts": max(self.attempts.values(), default=0),
+            "warnings": tuple(self.warnings),
+            "mode": spec.mode,
+            "prompt": spec.prompt,
+            "negative_prompt": spec.negative_prompt,
+            "parameters": json.dumps(self._parameters(), ensure_ascii=False),
+            "seed": job.seed,
+            "model": spec.model,
+            "model_revision": job.model_revision,
+            "controlnets": controlnets,
+            "loras": (),
+            "scheduler": spec.scheduler_name,
+            "dtype": spec.dtype,
+            "source_uri": spec.source or spec.condition_video,
+            "source_fingerprint": job.source_fingerprint,
+            "decoder": self.clip.decoder if self.clip is not None else None,
+            "decode_s": self.seconds.get("decode"),
+            "conditions_s": self.seconds.get("conditions"),
+            "model_s": self.seconds.get("model"),
+            "generate_s": self.seconds.get("generate"),
+            "encode_s": self.seconds.get("encode"),
+            "wall_s": (finished - self.started_at).total_seconds(),
+            "unet_evaluations": self.generated.evaluations if self.generated is not None else None,
+            "device": self.device or None,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        if error is not None:
+            return ResultRow(**row, **_failure(error))
+        assert encoded is not None
+        return ResultRow(
+            **row,
+            status="ok",
+            output_uri=encoded.path.relative_to(self.settings.out).as_posix(),
+            output_sha256=encoded.sha256,
+            output_bytes=encoded.size_bytes,
+            output_mtime_ns=encoded.mtime_ns,
+            width=encoded.width,
+            height=encoded.height,
+            frames=encoded.frames,
+            fps=str(encoded.rate_fps),
+            codec=encoded.codec,
+            audio_kept=encoded.audio_kept,
+        )
+
+
+_devices: dict[str, threading.Lock] = {}
+_devices_guard = threading.Lock()
+
+
+@contextmanager
+def lease(device: str) -> Iterator[None]:
+    """One row at a time generates on a device; the others decode and encode meanwhile."""
+    with _devices_guard:
+        lock = _devices.setdefault(resolve_device(device), threading.Lock())
+    with lock:
+        yield
+
+
+def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Render.run) -> ResultRow | None:
+    """Render one job and commit its result row: ok, or failed with stage and reason. Errors become rows.
+
+    call: runs a stage; a flow gives its own, which makes each stage a task with retries.
+    Returns the row, or None if another run finished the job meanwhile.
+    """
+    store = settings.store()
+    if store.is_done(job.job_id):
+        emit(Event("row_finished", job.row.id, status="done"))
+        return None
+    work = Render(job, settings)
+    emit(Event("row_started", job.row.id, total=len(work.stages)))
+    try:
+        try:
+            for stage in work.stages:
+                with lease(settings.device) if stage == "generate" else nullcontext():
+                    call(work, stage)
+            row = work.row()
+        except Exception as error:
+            row = work.row(translate(error, "unknown"))
+        store.commit(row)
+    finally:
+        shutil.rmtree(work.workspace, ignore_errors=True)
+    emit(Event("row_finished", job.row.id, status=row.status, message=row.error_message or row.output_uri or ""))
+    return row
+
+
+def record_unready(unready: Unready, settings: Settings) -> ResultRow:
+    """Commit the failed row of a manifest row that can't be rendered as it stands."""
+    now = datetime.now(UTC)
+    row = _common_row(settings, unready.job_id, unready.id, unready.row_number, now, now)
+    if unready.spec is not None:
+        row |= {"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model}
+    result = ResultRow(**row, **_failure(unready.error), attempts=0)
+    settings.store().commit(result)
+    emit(Event("row_finished", unready.id, status="failed", message=unready.error.message))
+    return result
+
+
+def _failure(error: T2VZError) -> dict[str, Any]:
+    return {
+        "status": "failed",
+        "error_stage": error.stage,
+        "error_class": type(error).__name__,
+        "error_message": error.message,
+        "retryable": error.retryable,
+    }
+
+
+def _common_row(
+    settings: Settings, job_id: str, id: str, number: int, started: datetime, finished: datetime
+) -> dict[str, Any]:
+    return {
+        "job_id": job_id,
+        "run_id": settings.run_id,
+        "id": id,
+        "manifest": settings.manifest,
+        "row_number": number,
+        "started_at": started,
+        "finished_at": finished,
+        "t2vz_version": version("t2vz"),
+        "torch_version": _installed("torch"),
+        "diffusers_version": _installed("diffusers"),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def file_name(id: str) -> str:
+    """A row's id as a file name that every file system takes: ASCII letters, digits, `.`, `_` and `-`, at most 80."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", id).lstrip(".")[:80] or "row"
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" → the device that accelerate gives this process; other names as they are."""
+    if device != "auto":
+        return device
+    from accelerate import PartialState
+
+    return str(PartialState().device)
+
+
+def peak_memory_bytes(device: str) -> int | None:
+    """The most memory that this process has used so far: on the GPU if `device` is one, else its resident set."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage's ru_maxrss, which a child process inherits from its parent.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
