@@ -29,6 +29,8 @@ COLUMNS: dict[str, frozenset[str]] = {  # column → modes that use it
 _MODES = ("text", "control", "edit")
 _SOURCES = ("source", "condition_video")
 _MODELS = ("model", "base_config", "controlnet", "depth_model", "pose_model", "person_detector", "annotators")
+# Without these cells it can't be told whether others fit.
+_OTHERS_DEPEND_ON = frozenset(("mode", "format", "codec", "num_inference_steps"))
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -152,7 +154,7 @@ def _rows(
             try:
                 spec = JobSpec.model_validate(wanted)
             except ValidationError as error:
-                problems += _explained(error)
+                problems += _all_explained(error, wanted)
             if problems:
                 yield _bad(number, id, problems, cells)
             else:
@@ -361,6 +363,20 @@ def _explained(error: ValidationError) -> list[tuple[str, str, str, str]]:
         choices = re.findall(r"'([^']*)'", context["expected"]) if detail["type"] == "literal_error" else []
         near = difflib.get_close_matches(value.lower(), choices, n=1)
         found.append((column, value, _reason(detail["type"], detail["msg"], context, choices), *(near or [""])))
+    return found
+
+
+def _all_explained(error: ValidationError, cells: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
+    """`_explained`, and what is wrong between the other cells: JobSpec looks at that only when each is good."""
+    found = _explained(error)
+    bad = {column for column, *_ in found}
+    if error.errors()[0]["type"] == "columns" or bad & _OTHERS_DEPEND_ON:
+        return found
+    others = {"prompt": "-", **{name: value for name, value in cells.items() if name not in bad}}
+    try:
+        JobSpec.model_validate(others)
+    except ValidationError as more:
+        found += [problem for problem in _explained(more) if problem[0] not in bad]
     return found
 
 

@@ -25,18 +25,17 @@ from .clip import Clip
 from .errors import OutputError, T2VZError, translate, translating
 from .events import Event, emit
 from .media.limits import Limits
-from .plan import Job, Unready
+from .plan import TEXT_FRAMES, Job, Unready
 from .results import ResultRow, ResultStore
-from .spec import JobSpec, canonical, evaluations
+from .spec import JobSpec, canonical, evaluations, t0_t1
 
 if TYPE_CHECKING:
     from .media.encode import Encoded
     from .models.loading import Components
-    from .modes import Generated
+    from .modes import Generated, Request
 
 STAGES = ("decode", "conditions", "generate", "encode")
 TEXT_FPS = Fraction(4)  # the paper's demo; text mode has no source to take a rate from
-TEXT_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,7 @@ class Render:
         self.clip: Clip | None = None
         self.conditions: tuple[NDArray[np.uint8], ...] = ()
         self.components: Components | None = None
+        self.request: Request | None = None
         self.generated: Generated | None = None
         self.encoded: Encoded | None = None
         self.device = ""
@@ -168,8 +168,6 @@ class Render:
             frames, warnings = fit_condition(clip.frames, spec.video_length or len(clip))
             self._warn(*warnings)
             self.conditions = (frames,)
-        elif spec.video_length is not None and len(clip) < spec.video_length:
-            self._warn(f"the source has {len(clip)} frames of the {spec.video_length} asked for (video_length)")
         self.clip = clip
 
     def _conditions(self) -> None:
@@ -205,7 +203,7 @@ class Render:
             self._steps_done += count
             emit(Event("step", self.job.row.id, "generate", self._steps_done, total))
 
-        request = Request(
+        self.request = Request(
             spec,
             self.job.seed,
             width,
@@ -215,10 +213,11 @@ class Render:
             conditions=self.conditions,
             on_step=on_step,
         )
-        self.generated = generate(self.components, request)
+        self.generated = generate(self.components, self.request)
         self._warn(*self.generated.warnings)
         # The arrays of a long clip are big; from here on only its rate and sound are needed.
         self.conditions = ()
+        self.request = replace(self.request, source=None, conditions=())
         if clip is not None:
             self.clip = replace(clip, frames=clip.frames[:1].copy(), timestamps_s=clip.timestamps_s[:1])
 
@@ -235,7 +234,7 @@ class Render:
             self.workspace / f"video-{self.attempts['encode']}",
             width=latents.shape[-1] * cell,
             height=latents.shape[-2] * cell,
-            rate_fps=clip.rate_fps if clip is not None else spec.fps or TEXT_FPS,
+            rate_fps=self._rate_fps(),
             encoding=Encoding.of(spec),
             audio=clip.audio if clip is not None and spec.audio else None,
             metadata=self._parameters() | {"job_id": self.job.job_id, "t2vz": version("t2vz")},
@@ -256,12 +255,24 @@ class Render:
         return self.device
 
     def _parameters(self) -> dict[str, Any]:
-        return canonical(self.spec) | {
+        """All parameters as used: what the row left open is filled in."""
+        used: dict[str, Any] = canonical(self.spec) | {
             "model": self.spec.model,
             "model_revision": self.job.model_revision,
             "source_fingerprint": self.job.source_fingerprint,
             "seed": self.job.seed,
         }
+        if self.spec.mode == "text":
+            used["t0"], used["t1"] = t0_t1(self.spec)
+        if self.spec.mode == "control":
+            used["controlnet_conditioning_scale"] = self.spec.scales
+        if self.request is not None:
+            used |= {"width": self.request.width, "height": self.request.height, "video_length": self.request.frames}
+            used["fps"] = str(self._rate_fps())
+        return used
+
+    def _rate_fps(self) -> Fraction:
+        return self.clip.rate_fps if self.clip is not None else self.spec.fps or TEXT_FPS
 
     def row(self, error: T2VZError | None = None) -> ResultRow:
         """The results row: ok, or failed with `error`."""

@@ -179,6 +179,17 @@ def test_problems_that_span_columns_are_told_apart(manifest):
     assert problems(path) == [(1, "source", source, ""), (2, "end_s", "2", ""), (2, "crf", "60", "")]
 
 
+def test_a_bad_cell_does_not_hide_what_is_wrong_between_the_others(manifest):
+    path = manifest("mode,prompt,seed,source,end_s,start_s\ntext,a,-1,clip.mp4,,\nedit,,1,clip.mp4,2,3\n")
+    source = str(path.parent / "clip.mp4")
+    assert problems(path) == [
+        (1, "seed", "-1", ""),
+        (1, "source", source, ""),
+        (2, "prompt", "", ""),
+        (2, "end_s", "2", ""),
+    ]
+
+
 def test_every_constraint_of_the_columns_has_plain_words(manifest):
     bad = {"seed": "9" * 5000, "t1": "0", "crf": "64", "num_inference_steps": "1.5", "prompt": "x" * 10_001}
     bad |= {"end_s": "0", "id": "i" * 201, "image_guidance_scale": "high", "fps": "0"}

@@ -29,11 +29,16 @@ def make_scheduler(name: str, config: dict[str, Any], steps: int, first: int = 0
     class_name, settings, _ = SCHEDULERS[name]
     scheduler = getattr(diffusers, class_name).from_config(config, **settings)
     trained = scheduler.config.num_train_timesteps
-    if steps > trained:
-        raise GenerationError(f"num_inference_steps: {steps} is more than the model's {trained} noise levels")
-    scheduler.set_timesteps(steps)
+    # One spare: many configurations offset the timesteps by one, and the noisiest would not exist.
+    if steps >= trained:
+        raise GenerationError(f"num_inference_steps: {steps} is too many for the model's {trained} noise levels")
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise GenerationError(f"num_inference_steps: scheduler {name} can't make {steps} steps ({error})") from error
     if len(scheduler.timesteps) != steps:
-        raise GenerationError(f"scheduler {name} makes {len(scheduler.timesteps)} steps of the {steps} asked for")
+        made = len(scheduler.timesteps)
+        raise GenerationError(f"num_inference_steps: scheduler {name} makes {made} steps of the {steps} asked for")
     if first and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return scheduler

@@ -16,9 +16,14 @@ def unet(tiny_model):
 
 def test_processors_are_put_back_after_an_exception(unet):
     before = dict(unet.attn_processors)
-    with pytest.raises(RuntimeError, match="in the middle"), anchor_attention([unet], branches=2):
-        assert all(isinstance(p, AnchorProcessor) for p in unet.attn_processors.values())
-        raise RuntimeError("in the middle")
+
+    def fail_inside():
+        with anchor_attention([unet], branches=2):
+            assert all(isinstance(p, AnchorProcessor) for p in unet.attn_processors.values())
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail_inside()
     assert unet.attn_processors == before
 
 

@@ -1,0 +1,296 @@
+"""The command line: `t2vz plan`, `t2vz run`, `t2vz results`. Light: what renders is imported when it renders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from t2vz.errors import T2VZError, translate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from t2vz.manifest import Problem
+    from t2vz.plan import Done, Job, Unready, Work
+    from t2vz.results import ResultRow
+
+OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+_TOLD_ROWS = 20
+_INTERRUPT_GRACE_S = 15.0
+_INTERRUPTED = "interrupted: finished rows are kept; the same command goes on with the others"
+
+# Before Prefect is imported; what the user has set wins.
+_PREFECT_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "t2vz",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+}
+
+EPILOG = """\b
+Exit codes:
+    0  everything is well: all rows are rendered, no problems found
+    1  some rows failed, or have problems
+    2  wrong usage, or the manifest or output folder as a whole can't be used
+  130  interrupted
+T2VZ_DEBUG=1 shows tracebacks of errors."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name; the process's own if None); returns the exit code."""
+    try:
+        code = cli.main(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return code or OK
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return UNUSABLE
+    except click.ClickException as error:
+        error.show()
+        return UNUSABLE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(_INTERRUPTED, err=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output is gone (`t2vz results … | head`): exit as click does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("T2VZ_DEBUG") == "1":
+            raise
+        hint = "" if isinstance(error, T2VZError) else " (T2VZ_DEBUG=1 shows where)"
+        click.echo(f"error: {translate(error, 'unknown').message}{hint}", err=True)
+        return UNUSABLE
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="t2vz")
+def cli() -> None:
+    """Turn a manifest of prompts and source videos into videos and a results table."""
+
+
+def _defaults(context: click.Context, parameter: click.Parameter, values: Iterable[str]) -> dict[str, str]:
+    defaults = {}
+    for text in values:
+        column, equals, value = text.partition("=")
+        if not equals or not column.strip():
+            raise click.BadParameter(f"{text!r} is not of the form column=value")
+        defaults[column.strip()] = value.strip()
+    return defaults
+
+
+_default_option: Callable[[Any], Any] = click.option(
+    "--default",
+    "defaults",
+    metavar="COLUMN=VALUE",
+    multiple=True,
+    callback=_defaults,
+    help="Value for the cells that are empty in a column. Repeatable.",
+)
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("manifest", type=click.Path())
+@click.option("--out", type=click.Path(), help="Output folder: what is done there is counted as done.")
+@_default_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool) -> int:
+    """Check MANIFEST and say what rendering it takes. Tells all problems at once; renders nothing."""
+    from t2vz.plan import Unready, summarise
+    from t2vz.plan import plan as planned
+
+    unready: list[Unready] = []
+
+    def items() -> Iterator[Job | Unready | Done]:
+        for item in planned(manifest, out, defaults):
+            if isinstance(item, Unready):
+                unready.append(item)
+            yield item
+
+    summary = summarise(items())
+    problems = _problems(manifest, defaults, unready)
+    if as_json:
+        told = asdict(summary.to_do) | {
+            "done": summary.done,
+            "unready": summary.unready,
+            "groups": [
+                {"model": model, "mode": mode, **asdict(work)} for (model, mode), work in summary.groups.items()
+            ],
+            "problems": [asdict(problem) for problem in problems],
+        }
+        click.echo(json.dumps(told, ensure_ascii=False, indent=1))
+        return SOME_FAILED if problems else OK
+    for problem in problems:
+        click.echo(f"row {problem.row} ({problem.id}): {problem}")
+    click.echo(
+        f"{_amount(summary.to_do)}; {summary.done} done before, {_counted(summary.unready, 'row')} with problems"
+    )
+    for (model, mode), work in summary.groups.items():
+        click.echo(f"  {model} {mode}: {_amount(work)}")
+    return SOME_FAILED if problems else OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("manifest", type=click.Path())
+@click.option("--out", type=click.Path(), required=True, help="Output folder for videos and results table.")
+@_default_option
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+@click.option(
+    "--in-flight",
+    type=click.IntRange(1, 64),
+    default=3,
+    show_default=True,
+    help="Rows under way at once; bounds the clips in memory.",
+)
+@click.option("--max-failed", type=click.IntRange(0), help="More failed rows make the Prefect run Failed.")
+@click.option("--verify", is_flag=True, help="Check the checksums of finished videos, not only their sizes.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
+def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **options: Any) -> int:
+    """Render the rows of MANIFEST that are not done yet.
+
+    Uses the Prefect server that PREFECT_API_URL names, else one of its own for the length of the run.
+    """
+    from rich.console import Console
+
+    from t2vz.plan import Done
+    from t2vz.plan import plan as planned
+
+    # Before anything heavy starts: a manifest that can't be used, or nothing to do.
+    items = planned(manifest, out, defaults, verify=options["verify"])
+    if all(isinstance(item, Done) for item in items):
+        click.echo(f"nothing to render: every row is done in {out}")
+        return OK
+
+    console = Console(stderr=True)
+    with _interruptible(console):
+        summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, **options)
+    _tell_run(out, summary, quiet)
+    return SOME_FAILED if summary.get("failed") else OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("out", type=click.Path())
+@click.option("--status", type=click.Choice(["ok", "failed", "skipped"]), help="Only rows of this status.")
+@click.option("--mode", type=click.Choice(["text", "control", "edit"]), help="Only rows of this mode.")
+@click.option("--all", "everything", is_flag=True, help="Also rows that later versions of them replaced.")
+@click.option("--export", "target", type=click.Path(), help="Write a .csv, .parquet or .json file instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def results(out: str, status: str | None, mode: str | None, everything: bool, target: str | None, as_json: bool) -> int:
+    """Show the results table of the output folder OUT."""
+    from t2vz.results import export, read
+
+    if target is not None:
+        count = export(out, target, status=status, mode=mode, all=everything)
+        click.echo(f"{_counted(count, 'row')} written to {target}")
+        return OK
+    found = read(out, all=everything).where(status=status, mode=mode)
+    if as_json:
+        click.echo(json.dumps(found.arrow().to_pylist(), ensure_ascii=False, indent=1, default=str))
+        return OK
+    for row in found:
+        click.echo(_row_line(out, row))
+    click.echo(_counted(len(found), "row"))
+    return OK
+
+
+def _run_flow(console: Console, quiet: bool, **parameters: Any) -> dict[str, Any]:
+    """Run the flow in this process; its counts by status, and `run_id`. Raises what made it fail as a whole."""
+    for name, value in _PREFECT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if not quiet:
+        console.print("starting …", highlight=False)
+    from t2vz.terminal import following, quiet_logs
+    from t2vz_flows.render_manifest import RenderParameters, render_manifest
+    from t2vz_flows.server import api
+
+    with quiet_logs(console), api(), following(console, quiet):
+        state = render_manifest(RenderParameters(**parameters), return_state=True)
+        summary = state.result(raise_on_failure=False)
+    if isinstance(summary, BaseException):
+        raise summary
+    return summary
+
+
+@contextmanager
+def _interruptible(console: Console) -> Iterator[None]:
+    """Ctrl-C unwinds the run: the rows under way stop at their next step. A second one, or rows that don't
+    stop in time, end the process at once, which every part of the run is made to bear.
+    """
+
+    def leave() -> None:
+        console.show_cursor()
+        click.echo(_INTERRUPTED, err=True)
+        os._exit(INTERRUPTED)
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        if pressed:
+            leave()
+        pressed.append(number)
+        watchdog = threading.Timer(_INTERRUPT_GRACE_S, leave)
+        watchdog.daemon = True
+        watchdog.start()
+        raise KeyboardInterrupt
+
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, interrupt)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
+    """The closing summary: a line a row if they are few, the counts, where things are, what to know."""
+    from t2vz.models.table import note
+    from t2vz.results import read
+
+    ended = [row for row in read(out, all=True) if row.run_id == summary["run_id"]]
+    if not quiet and len(ended) <= _TOLD_ROWS:
+        for row in ended:
+            click.echo(_row_line(out, row))
+    said = {"ok": "rendered", "failed": "failed", "skipped": "done by another run", "done": "done before"}
+    click.echo(", ".join(f"{summary[status]} {word}" for status, word in said.items() if summary.get(status)))
+    click.echo(f"videos in {os.path.join(out, 'videos')}; the table: t2vz results {out}")
+    for model in sorted({row.model for row in ended if row.model and row.status == "ok"}):
+        if text := note(model):
+            click.echo(f"note: {text}")
+
+
+def _row_line(out: str, row: ResultRow) -> str:
+    video = os.path.join(out, row.output_uri) if row.output_uri else "-"
+    seconds = "-" if row.wall_s is None else f"{row.wall_s:.1f} s"
+    parts = [row.id, row.status, video, seconds]
+    if row.error_message:
+        parts.append(f"{row.error_stage}: {row.error_message}")
+    return "  ".join(parts)
+
+
+def _problems(manifest: str, defaults: dict[str, str], unready: Sequence[Unready]) -> list[Problem]:
+    """What is wrong, cell by cell, in the manifest's order; a missing file or model is the row's as a whole."""
+    from t2vz.manifest import BadRow, Problem, read
+
+    problems = [Problem(item.row_number, item.id, "", "", item.error.message) for item in unready if item.spec]
+    if len(problems) < len(unready):
+        bad = (row for row in read(manifest, defaults) if isinstance(row, BadRow))
+        problems += [problem for row in bad for problem in row.problems]
+    return sorted(problems, key=lambda problem: problem.row)
+
+
+def _amount(work: Work) -> str:
+    jobs, frames = _counted(work.jobs, "job"), _counted(work.frames, "frame")
+    return f"{jobs}, {frames}, {_counted(work.unet_evaluations, 'UNet evaluation')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The flow, run in this process against a real Prefect server with the real stages and the model mini."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
+from prefect.flows import load_flow_from_entrypoint
+
+from t2vz.errors import SourceCorrupt, StorageTimeout
+from t2vz.events import Event, listening
+from t2vz.render import Render
+from t2vz.results import ResultRow, read
+from t2vz_flows.render_manifest import RenderParameters, StageRetries, render_manifest
+
+Write = Callable[..., Path]
+
+GOOD = {"id": "good", "seed": "1"}
+MISSING = {"id": "missing", "mode": "control", "condition": "edge", "source": "nowhere.mp4"}
+NO_DELAY = StageRetries(backoff_s=0)
+
+
+@pytest.fixture(autouse=True)
+def _server(prefect_api: str) -> None:
+    pass
+
+
+@pytest.fixture
+def flow_run(tmp_path: Path) -> Callable[..., Any]:
+    """Runs the flow on a manifest; returns the final state."""
+
+    def run(manifest: Path, **parameters: Any) -> Any:
+        parameters = {"retries": NO_DELAY, "device": "cpu", **parameters}
+        return render_manifest(
+            RenderParameters(manifest=str(manifest), out=str(tmp_path / "out"), **parameters), return_state=True
+        )
+
+    return run
+
+
+def rows_of(out: Path) -> dict[str, ResultRow]:
+    return {row.id: row for row in read(out)}
+
+
+def counts(state: Any) -> dict[str, int]:
+    summary = dict(state.result(raise_on_failure=False))
+    assert summary.pop("run_id")
+    return summary
+
+
+def task_runs(run_id: str, complete: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The task runs by name, once the server, which learns of them by events, knows enough of them."""
+    deadline = time.monotonic() + 30
+    with get_client(sync_client=True) as client:
+        while True:
+            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
+            found = {run.name: run for run in runs}
+            if complete(found):
+                return found
+            assert time.monotonic() < deadline, f"the server knows of {found} only"
+            time.sleep(0.2)
+
+
+def test_bad_row_beside_good_one_is_recorded_and_shown(
+    manifest: Write, flow_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("prefect").propagate = True
+    with caplog.at_level(logging.INFO):
+        state = flow_run(manifest(MISSING, GOOD))
+
+    assert state.is_completed()
+    assert counts(state) == {"ok": 1, "failed": 1}
+    assert state.message == "1 rendered, 1 failed"
+    rows = rows_of(tmp_path / "out")
+    assert rows["good"].status == "ok"
+    assert (tmp_path / "out" / rows["good"].output_uri).stat().st_size == rows["good"].output_bytes
+    assert (rows["missing"].status, rows["missing"].error_class) == ("failed", "SourceMissing")
+
+    names = {"good", "missing", "generate good", "encode good"}
+    runs = task_runs(
+        rows["good"].run_id,
+        lambda found: names <= found.keys() and all(run.state.is_final() for run in found.values()),
+    )
+    assert runs["good"].state.is_completed()
+    assert runs["missing"].state.is_failed()
+    assert "nowhere.mp4" in runs["missing"].state.message
+    assert runs["generate good"].total_run_time.total_seconds() > 0
+
+    with get_client(sync_client=True) as client:
+        (artifact,) = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["render-manifest"]))
+        )
+    assert "1 rendered, 1 failed" in artifact.data
+    assert "| missing | decode |" in artifact.data
+
+    assert "Task run" in caplog.text  # Prefect's log was heard
+    assert "Traceback" not in caplog.text
+    assert "NoneType" not in caplog.text
+
+
+def test_rerun_renders_nothing(manifest: Write, flow_run: Any, tmp_path: Path) -> None:
+    path = manifest(GOOD)
+    assert counts(flow_run(path)) == {"ok": 1}
+    video = tmp_path / "out" / rows_of(tmp_path / "out")["good"].output_uri
+    before = video.stat().st_mtime_ns
+    heard: list[Event] = []
+    with listening(heard.append):
+        assert counts(flow_run(path)) == {"done": 1}
+    assert [(event.kind, event.total, event.done) for event in heard] == [("planned", 0, 1)]
+    assert video.stat().st_mtime_ns == before
+
+
+def failing(stage: str, errors: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a stage raise the given errors, one a try, before it works."""
+    works = getattr(Render, f"_{stage}")
+
+    def fails_first(self: Render) -> None:
+        if errors:
+            raise errors.pop(0)
+        works(self)
+
+    monkeypatch.setattr(Render, f"_{stage}", fails_first)
+
+
+def test_error_that_can_mend_is_tried_again(
+    manifest: Write, flow_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing("encode", [StorageTimeout("slow"), StorageTimeout("still slow")], monkeypatch)
+    assert counts(flow_run(manifest(GOOD))) == {"ok": 1}
+    assert rows_of(tmp_path / "out")["good"].attempts == 3
+
+
+def test_retries_end(manifest: Write, flow_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing("encode", [StorageTimeout("slow")] * 9, monkeypatch)
+    state = flow_run(manifest(GOOD), retries=StageRetries(encode=1, backoff_s=0))
+    assert counts(state) == {"failed": 1}
+    row = rows_of(tmp_path / "out")["good"]
+    assert (row.attempts, row.error_class, row.retryable) == (2, "StorageTimeout", True)
+
+
+def test_error_that_stays_is_not_tried_again(
+    manifest: Write, flow_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing("generate", [SourceCorrupt("broken")], monkeypatch)
+    assert counts(flow_run(manifest(GOOD))) == {"failed": 1}
+    assert rows_of(tmp_path / "out")["good"].attempts == 1
+
+
+@pytest.mark.parametrize(("allowed", "failed"), [(None, False), (1, False), (0, True)])
+def test_max_failed_decides_the_final_state(manifest: Write, flow_run: Any, allowed: int | None, failed: bool) -> None:
+    state = flow_run(manifest(MISSING), max_failed=allowed)
+    assert state.is_failed() == failed
+    assert counts(state) == {"failed": 1}
+    assert "1 failed" in state.message
+
+
+def test_in_flight_bounds_the_rows_under_way(manifest: Write, flow_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way: set[str] = set()
+    most = 0
+    both = threading.Barrier(2)  # broken if the rows don't run beside each other
+
+    def watch(event: Event) -> None:
+        nonlocal most
+        if event.kind == "row_started":
+            under_way.add(event.id)
+            most = max(most, len(under_way))
+            both.wait(30)
+        elif event.kind == "row_finished":
+            under_way.discard(event.id)
+
+    with listening(watch):
+        state = flow_run(manifest(*({"id": str(i), "seed": str(i)} for i in range(6))), in_flight=2)
+    assert counts(state) == {"ok": 6}
+    assert most == 2
+
+
+def test_unusable_manifest_fails_the_flow_plainly(
+    manifest: Write, flow_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("prefect").propagate = True
+    state = flow_run(manifest({"promt": "a typo"}))
+    assert state.is_failed()
+    assert "did you mean 'prompt'" in state.message
+    assert "Traceback" not in caplog.text
+
+
+def test_every_parameter_has_a_title_in_the_ui() -> None:
+    schema = render_manifest.parameters.model_dump()
+    models = {name: schema["definitions"][name] for name in ("RenderParameters", "StageRetries")}
+    for model in models.values():
+        for name, field in model["properties"].items():
+            assert field.get("title"), name
+    for name, field in models["RenderParameters"]["properties"].items():
+        assert field.get("description"), name
+    assert set(models["RenderParameters"]["required"]) == {"manifest", "out"}
+
+
+def test_prefect_can_load_the_flow_by_its_path() -> None:
+    path = Path(__file__).parents[2] / "flows" / "render_manifest.py"
+    assert load_flow_from_entrypoint(f"{path}:render_manifest").name == "render-manifest"

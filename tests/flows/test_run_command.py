@@ -1,0 +1,131 @@
+"""`t2vz run` as a user has it: a process of its own, with its exit code, its output and the terminal's Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from t2vz.results import ResultStore, read
+
+Write = Callable[..., Path]
+
+SLOW = {"id": "slow", "num_inference_steps": "900", "video_length": "64"}
+
+
+@pytest.fixture
+def start(prefect_api: str) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts `t2vz run`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", "t2vz.cli", "run", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PREFECT_API_URL": prefect_api},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def awaiting(what: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_some_rows_fail_then_all_is_done(
+    manifest: Write, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    good = {"id": "good", "seed": "1"}
+    bad = {"id": "bad", "mode": "edit", "source": "nowhere.mp4"}
+
+    first = start(manifest(good, bad), "--out", out, "--device", "cpu")
+    told, log = first.communicate(timeout=120)
+    assert first.returncode == 1, log
+    video = next((out / "videos").iterdir())
+    lines = told.splitlines()
+    assert any(line.startswith("good  ok") and str(video) in line for line in lines)
+    assert any(line.startswith("bad  failed") and "nowhere.mp4" in line for line in lines)
+    assert "1 rendered, 1 failed" in lines
+    assert "model mini" in told
+    assert "Traceback" not in log
+    assert "Task run" not in log
+
+    again = start(manifest(good), "--out", out, "--device", "cpu")
+    told, log = again.communicate(timeout=60)
+    assert again.returncode == 0, log
+    assert told == f"nothing to render: every row is done in {out}\n"
+
+
+def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_else(
+    manifest: Write, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(manifest({"id": "quick", "seed": "1"}, SLOW), "--out", out, "--in-flight", 1, "--device", "cpu")
+
+    def second_row_runs() -> bool:
+        done = ResultStore(out).done()
+        return bool(done) and any(folder.name not in done for folder in out.glob(".work/*/*/"))
+
+    awaiting(second_row_runs, process)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=60)
+
+    assert process.returncode == 130, log
+    assert log.splitlines()[-1].startswith("interrupted")
+    assert log.count("interrupted") == 1
+    assert "Traceback" not in log
+    (row,) = read(out)
+    assert (row.id, row.status) == ("quick", "ok")
+    assert [path.name for path in (out / "videos").iterdir()] == [Path(row.output_uri or "").name]
+    assert [path for path in (out / ".work").iterdir() if path.name != "sweep.lock"] == []
+    assert not any((out / "records").glob("*.json"))  # merged into the table before the end
+
+
+def test_unusable_manifest_is_told_before_anything_starts(
+    start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    process = start(tmp_path / "none.csv", "--out", tmp_path / "out")
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert log == f"error: {tmp_path / 'none.csv'}: there is no such manifest\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_temporary_server_ends_with_a_killed_run(tmp_path: Path) -> None:
+    holds = "import time\nfrom t2vz_flows.server import api\nwith api() as url: print(url, flush=True); time.sleep(600)"
+    env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    env |= {"PREFECT_HOME": str(tmp_path), "DO_NOT_TRACK": "1"}
+    process = subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+        assert answer.status == 200
+
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+        except (urllib.error.URLError, ConnectionError):
+            return
+        time.sleep(0.1)
+    pytest.fail("the server outlives its run")
