@@ -1,12 +1,34 @@
-"""Clip: decoded frames with their times. A record; decoding is in `media.decode`."""
+"""Clip: decoded frames with their times. A record, and where its arrays live; decoding is in `media.decode`."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+# Larger arrays are memory maps, so that a long clip does not fill the memory.
+MAX_IN_MEMORY_BYTES = 256 * 2**20
+
+
+def allocate(shape: tuple[int, ...], workspace: Path | None = None, dtype: Any = np.uint8) -> NDArray[Any]:
+    """An array of zeros for a clip's frames: in memory, or above 256 MiB mapped to a file.
+
+    workspace: folder for that file, which has no name and goes with the array. None: the system's temporary
+    folder. Raises OSError if the disk has no room.
+    """
+    size_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if size_bytes <= MAX_IN_MEMORY_BYTES:
+        return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(dir=workspace) as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error in the middle
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        return np.memmap(file, dtype, "w+", shape=shape)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class Render:
         from .conditions import ConditionOptions, extract
 
         assert self.clip is not None
-        options = ConditionOptions.of(self.spec, device=self._device())
+        options = ConditionOptions.of(self.spec, device=self._device(), workspace=self.workspace)
         made = [extract(name, self.clip.frames, options) for name in self.spec.condition]
         self._warn(*(warning for _, warnings in made for warning in warnings))
         self.conditions = tuple(frames for frames, _ in made)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,7 @@ class ConditionOptions:
     canny_low, canny_high: Canny thresholds in levels.
     device: torch device of the annotator models ("cpu", "cuda:0").
     batch_size: frames, or persons, that a model sees at once; memory and speed only.
+    workspace: folder for the arrays of a long clip (see `clip.allocate`).
     person_threshold: score, 0 to 1, from which a detection counts as a person.
     keypoint_threshold: score, 0 to 1, from which a keypoint is drawn.
     """
@@ -57,11 +59,14 @@ class ConditionOptions:
     canny_high: int = 200
     device: str = "cpu"
     batch_size: int = 4
+    workspace: Path | None = None
     person_threshold: float = 0.5
     keypoint_threshold: float = 0.3
 
     @classmethod
-    def of(cls, spec: JobSpec, device: str = "cpu", batch_size: int = 4) -> ConditionOptions:
+    def of(
+        cls, spec: JobSpec, device: str = "cpu", batch_size: int = 4, workspace: Path | None = None
+    ) -> ConditionOptions:
         """The row's options; models that the row doesn't name are its model family's usual ones."""
         from t2vz.models.table import annotator_references
 
@@ -75,6 +80,7 @@ class ConditionOptions:
             canny_high=spec.canny_high,
             device=device,
             batch_size=batch_size,
+            workspace=workspace,
         )
 
 

@@ -13,9 +13,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from t2vz.clip import allocate
 
 from . import Frames
 from .loading import fetch
@@ -51,7 +54,7 @@ def detector(class_name: str, files: tuple[str, ...], reference: str, device: st
         return getattr(module, class_name).from_pretrained(str(folder)).to(device)
 
 
-def annotate(detect: Any, frames: Frames) -> Frames:
+def annotate(detect: Any, frames: Frames, workspace: Path | None = None) -> Frames:
     """What a detector makes of each RGB frame, undistorted and of the frames' size: uint8 (F, H, W, 3).
 
     The detectors stretch a picture until both sides are multiples of 64. So frames are padded to such sizes
@@ -62,7 +65,7 @@ def annotate(detect: Any, frames: Frames) -> Frames:
     _, height, width, _ = frames.shape
     below, right = -height % _MULTIPLE_PX, -width % _MULTIPLE_PX
     shorter = min(height + below, width + right)
-    out = np.empty(frames.shape, np.uint8)
+    out = allocate(frames.shape, workspace)
     for frame, picture in zip(frames, out, strict=True):
         padded = cv2.copyMakeBorder(np.ascontiguousarray(frame), 0, below, 0, right, cv2.BORDER_REPLICATE)
         detected = detect(padded, detect_resolution=shorter, image_resolution=shorter, output_type="np")

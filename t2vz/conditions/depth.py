@@ -5,11 +5,13 @@ With a range of its own for each frame, an object that comes nearer would darken
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from t2vz.clip import allocate
 from t2vz.errors import ConditionError, UnsupportedModel
 
 from . import ConditionOptions, Extracted, Frames
@@ -26,10 +28,10 @@ _NEAREST = 1e-3
 def extract(frames: Frames, options: ConditionOptions) -> Extracted:
     """Inverse depth in three equal channels, 255 nearest: uint8 (F, H, W, 3) from RGB frames of that shape.
 
-    Keeps float32 predictions of the whole clip, at the model's resolution.
+    The float32 predictions of the whole clip are kept, at the model's resolution; of a long one on disk.
     """
     depth = predict(frames, options)
-    pictures = render(depth, *frames.shape[1:3])
+    pictures = render(depth, *frames.shape[1:3], options.workspace)
     if pictures.any():
         return pictures, ()
     return pictures, ("depth is the same everywhere in the clip: the depth condition is black",)
@@ -42,7 +44,7 @@ def predict(frames: Frames, options: ConditionOptions) -> NDArray[np.float32]:
     processor, model = load(_loader, options.depth_model, options.device)
     distance = gives_distance(model.config, options.depth_model)
     source = frames.shape[1:3]
-    depth: list[NDArray[np.float32]] = []
+    clip: NDArray[np.float32] | None = None
     for start in range(0, len(frames), options.batch_size):
         batch = np.asarray(frames[start : start + options.batch_size])
         inputs = processor(images=list(batch), input_data_format="channels_last", return_tensors="pt")
@@ -53,10 +55,12 @@ def predict(frames: Frames, options: ConditionOptions) -> NDArray[np.float32]:
             prediction = _unpadded(processor, outputs, source)
         if distance:
             prediction = 1 / prediction.clamp(min=_NEAREST)
-        depth.append(prediction.float().cpu().numpy())
-    clip = np.concatenate(depth)
-    if not np.isfinite(clip).all():
-        raise ConditionError(f"depth_model {options.depth_model}: predicts NaN or infinite depth; name another")
+        if clip is None:
+            clip = allocate((len(frames), *prediction.shape[1:]), options.workspace, np.float32)
+        clip[start : start + len(batch)] = prediction.float().cpu().numpy()
+        if not np.isfinite(clip[start : start + len(batch)]).all():
+            raise ConditionError(f"depth_model {options.depth_model}: predicts NaN or infinite depth; name another")
+    assert clip is not None  # F >= 1
     return clip
 
 
@@ -80,12 +84,12 @@ def gives_distance(config: Any, reference: str) -> bool:
     )
 
 
-def render(depth: NDArray[np.float32], height: int, width: int) -> Frames:
+def render(depth: NDArray[np.float32], height: int, width: int, workspace: Path | None = None) -> Frames:
     """Inverse depth (F, h, w) as pictures of one range for the whole clip: uint8 (F, height, width, 3)."""
     import cv2
 
     low, high = value_range(depth)
-    pictures = np.empty((len(depth), height, width, 3), np.uint8)
+    pictures = allocate((len(depth), height, width, 3), workspace)
     method = cv2.INTER_AREA if depth[0].size > height * width else cv2.INTER_CUBIC
     for plane, picture in zip(depth, pictures, strict=True):
         level = cv2.resize(normalise(plane, low, high), (width, height), interpolation=method)

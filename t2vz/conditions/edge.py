@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from t2vz.clip import allocate
+
 from . import ConditionOptions, Extracted, Frames
 
 
@@ -11,7 +13,7 @@ def extract(frames: Frames, options: ConditionOptions) -> Extracted:
     """Edge maps, 0 or 255 in three equal channels: uint8 (F, H, W, 3) from RGB frames of that shape."""
     import cv2
 
-    edges = np.empty(frames.shape, np.uint8)
+    edges = allocate(frames.shape, options.workspace)
     for frame, edge in zip(frames, edges, strict=True):
         # On colour, not grey: OpenCV then takes a pixel's strongest channel, as in ControlNet's training.
         edge[:] = cv2.Canny(np.ascontiguousarray(frame), options.canny_low, options.canny_high)[..., None]

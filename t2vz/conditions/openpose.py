@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2vz.clip import allocate
+
 from . import ConditionOptions, Extracted, Frames
 from .annotators import controlnet_aux
 from .loading import fetch, load
@@ -23,7 +25,7 @@ def extract(frames: Frames, options: ConditionOptions) -> Extracted:
     """Skeletons: uint8 (F, H, W, 3) from RGB frames of that shape. A frame without persons is black."""
     detector = load(_loader, options.annotators, options.device)
     _, height, width, _ = frames.shape
-    out = np.empty(frames.shape, np.uint8)
+    out = allocate(frames.shape, options.workspace)
     found = False
     for frame, picture in zip(frames, out, strict=True):
         # Not the detector itself, which stretches frames to multiples of 64 and draws lines of fixed width.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2vz.clip import allocate
 from t2vz.errors import UnsupportedModel
 
 from . import ConditionOptions, Extracted, Frames
@@ -27,7 +28,7 @@ _MIN_SIDE_PX = 2.0
 def extract(frames: Frames, options: ConditionOptions) -> Extracted:
     """Skeletons: uint8 (F, H, W, 3) from RGB frames of that shape. A frame without persons is black."""
     _, height, width, _ = frames.shape
-    out = np.zeros(frames.shape, np.uint8)
+    out = allocate(frames.shape, options.workspace)
     found = False
     for start in range(0, len(frames), options.batch_size):
         batch = np.asarray(frames[start : start + options.batch_size])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,14 +14,13 @@ import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
-from t2vz.clip import AudioReference, Clip
+from t2vz.clip import AudioReference, Clip, allocate
 from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceTooLarge, translating
 from t2vz.media import images
 from t2vz.media.av_source import decoded, is_untagged_hd, open_source, origin_s, video_stream
 from t2vz.media.limits import Limits
 from t2vz.media.probe import Probe, probe
 
-MAX_IN_MEMORY_BYTES = 256 * 2**20
 _MULTIPLE_PX = 8  # the VAE's factor
 _MIN_SIDE_PX = 64
 _SEEK_BEYOND_FRAMES = 32  # nearer than that decoding forward costs less
@@ -83,7 +81,7 @@ def decode(
             size = output_size(source.width, source.height, width, height, longest_px)
         except SourceError as error:
             raise SourceError(f"{path}: {error.message}") from None
-        frames = _allocate((len(plan.indexes), size[1], size[0], 3), workspace)
+        frames = allocate((len(plan.indexes), size[1], size[0], 3), workspace)
         decoder, delivered, lost = _read(source, plan.indexes, frames, warnings)
         if delivered == 0:
             raise SourceCorrupt(f"{path}: no frame of the range can be decoded; the file is damaged")
@@ -194,16 +192,6 @@ def _at_rate(folder: Probe, fps: Fraction | None) -> Probe:
         timestamps_s=np.arange(folder.frames) / float(fps),
         duration_s=float(folder.frames / fps),
     )
-
-
-def _allocate(shape: tuple[int, int, int, int], workspace: Path | None) -> NDArray[np.uint8]:
-    size_bytes = int(np.prod(shape, dtype=np.int64))
-    if size_bytes <= MAX_IN_MEMORY_BYTES:
-        return np.empty(shape, np.uint8)
-    with tempfile.TemporaryFile(dir=workspace) as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error in the middle
-            os.posix_fallocate(file.fileno(), 0, size_bytes)
-        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
 def _read(

@@ -156,50 +156,42 @@ def encode(
 
 
 def publish(encoded: Encoded, final_path: Path) -> Encoded:
-    """Move a finished output to its final place on the same file system: whole, and never overwriting.
+    """Move a finished output to its final place on the same file system, whole.
 
-    If the same content is there already, that stays, ours is removed, and a warning says so.
-    Errors: OutputError (another content is there; another file system; no permission).
+    final_path: a name that carries the content's checksum. If the same content is there already, that stays,
+    ours is removed, and a warning says so; another content there is damage, and is replaced.
+    Errors: OutputError (another file system; no permission).
     """
     with _encoding(final_path):
         final_path.parent.mkdir(parents=True, exist_ok=True)
         warnings = encoded.warnings
         try:
-            _move(encoded.path, final_path)
+            if final_path.exists():
+                if checksum(final_path)[0] == encoded.sha256:
+                    _remove(encoded.path)
+                    warnings = (*warnings, "the same output was there already")
+                else:
+                    _replace(encoded.path, final_path)
+                    warnings = (*warnings, "a damaged output was there and has been replaced")
+            else:
+                encoded.path.rename(final_path)
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise OutputError(
                     f"{final_path}: the workspace {encoded.path.parent} is on another file system; put it "
                     f"beside the output"
                 ) from error
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) or not final_path.exists():
-                raise
-            if checksum(final_path)[0] != encoded.sha256:
-                raise OutputError(
-                    f"{final_path}: another content is there already, and it is not overwritten; move it away"
-                ) from error
-            _remove(encoded.path)
-            warnings = (*warnings, "the same output was there already")
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another run published it in this moment
+                return publish(encoded, final_path)
+            raise
         _sync_one(final_path.parent)
         return replace(encoded, path=final_path, mtime_ns=final_path.stat().st_mtime_ns, warnings=warnings)
 
 
-def _move(source: Path, target: Path) -> None:
-    """Atomically, failing with EEXIST or ENOTEMPTY if the target is there."""
-    if source.is_dir():
-        source.rename(target)
-        return
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        # No hard links on this file system: the best left is to look first.
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
-        source.rename(target)
-    else:
-        source.unlink()
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir() or source.is_dir():  # a folder can't be renamed over another
+        target.rename(source.with_name(f"{source.name}-damaged"))
+    source.replace(target)
 
 
 def checksum(path: Path) -> tuple[str, int]:

@@ -110,7 +110,8 @@ def test_a_hub_model_without_a_network_fails_at_once(name, noise, monkeypatch):
         port = unused.getsockname()[1]
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-        monkeypatch.setattr("t2vz.conditions.loading._PROBE_TIMEOUT_S", 2.0)
+        monkeypatch.setattr("t2vz.models.hub._PROBE_TIMEOUT_S", 2.0)
+        monkeypatch.setattr("t2vz.models.hub._commits", {})
         assert HfApi().endpoint.endswith(str(port))
         options = ConditionOptions("acme/none", "acme/none", "acme/none", "acme/none")
         started_s = time.monotonic()

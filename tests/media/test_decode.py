@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceMissing, SourceTooLarge
-from t2vz.media import decode as decode_module
 from t2vz.media.decode import cover, decode, output_size
 from t2vz.media.encode import Encoding, encode
 from t2vz.media.limits import Limits
@@ -243,7 +242,7 @@ def test_an_animated_webp_keeps_its_times(tmp_path):
 
 
 def test_a_long_clip_is_a_memory_map_that_leaves_no_file(tmp_path, clip_path, monkeypatch):
-    monkeypatch.setattr(decode_module, "MAX_IN_MEMORY_BYTES", 10**6)
+    monkeypatch.setattr("t2vz.clip.MAX_IN_MEMORY_BYTES", 10**6)
     clip = decode(clip_path("closed.mp4"), workspace=tmp_path)
     assert isinstance(clip.frames, np.memmap)
     assert list(tmp_path.iterdir()) == []

@@ -237,17 +237,19 @@ def test_odd_sizes_are_refused_before_a_frame_is_made(tmp_path):
 
 
 @pytest.mark.parametrize(("format", "name"), [("mp4", "v.mp4"), ("png", "v")])
-def test_publish_moves_once_and_never_overwrites(frames, tmp_path, format, name):
+def test_publish_keeps_the_same_and_replaces_what_is_damaged(frames, tmp_path, format, name):
     final = tmp_path / "deep" / name
     first = publish(written(frames, tmp_path / "w1", encoding(format)), final)
     assert (first.path, first.mtime_ns) == (final, final.stat().st_mtime_ns)
     assert checksum(final)[0] == first.sha256
     same = publish(written(frames, tmp_path / "w2", encoding(format)), final)
     assert "there already" in same.warnings[0]
-    with pytest.raises(OutputError, match="not overwritten"):
-        publish(written(frames[::-1], tmp_path / "w3", encoding(format)), final)
+    damaged = next(final.iterdir()) if final.is_dir() else final
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    mended = publish(written(frames, tmp_path / "w3", encoding(format)), final)
+    assert "damaged" in mended.warnings[0]
     assert checksum(final)[0] == first.sha256
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "w3"]
+    assert not (tmp_path / "w3").exists()
 
 
 def test_defaults_are_those_the_columns_promise():

@@ -31,7 +31,7 @@ PROMPT = "a red ball on the grass"
 
 
 class CorrectedPipeline(TextToVideoZeroPipeline):
-    """diffusers' pipeline with keyed noise, and its DDPM-forward step corrected: its product of alphas is off by one."""
+    """diffusers' pipeline with keyed noise and a corrected DDPM-forward step: its product of alphas is off by one."""
 
     def forward_loop(self, x_t0, t0, t1, generator):
         alphas = self.scheduler.alphas_cumprod
