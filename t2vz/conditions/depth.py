@@ -31,7 +31,8 @@ def extract(frames: Frames, options: ConditionOptions) -> Extracted:
     The float32 predictions of the whole clip are kept, at the model's resolution; of a long one on disk.
     """
     depth = predict(frames, options)
-    pictures = render(depth, *frames.shape[1:3], options.workspace)
+    _, height, width, _ = frames.shape
+    pictures = render(depth, height, width, options.workspace)
     if pictures.any():
         return pictures, ()
     return pictures, ("depth is the same everywhere in the clip: the depth condition is black",)

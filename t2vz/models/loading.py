@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModel
+from ..errors import ModelError, UnsupportedModel
 from ..spec import JobSpec
 from . import LOADING, hub, table
 
@@ -21,6 +22,9 @@ _COVERED = (
     "StableDiffusionControlNetPipeline",
     "StableDiffusionInstructPix2PixPipeline",
 )
+# What the parts are loaded as. Of another class the weights might load all the same, and mean something else.
+_CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+_BYTE_TOKENS = 512  # CLIP's tokenizer knows every byte, inside and at the end of a word
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,9 @@ def _load(spec: JobSpec, device: str) -> Components:
             parts = _from_single_file(reference, spec)
         else:
             parts = _from_folder(table.resolve(reference), spec)
+        # transformers makes an empty tokenizer of a folder without one; every prompt would then mean the same.
+        if len(parts.tokenizer) < _BYTE_TOKENS:
+            raise ModelError(f"model {spec.model}: no tokenizer with it; complete the model or its base_config")
         for module in (parts.text_encoder, parts.vae, parts.unet):
             module.to(device).eval().requires_grad_(False)
         return parts
@@ -133,34 +140,63 @@ def _from_folder(reference: str, spec: JobSpec) -> Components:
         raise UnsupportedModel(
             f"model {spec.model}: a {index.get('_class_name')}; so far these are covered: {', '.join(_COVERED)}"
         )
+    for part, covered in _CLASSES.items():
+        named = index.get(part, (None, None))[1]
+        if named != covered:
+            raise UnsupportedModel(f"model {spec.model}: its {part} is a {named}; so far only {covered} is covered")
+        if not pinned:
+            _require_safetensors(Path(reference) / part)
     weights = {"use_safetensors": True, "torch_dtype": _dtype(spec), **pinned}
     text_weights = {"use_safetensors": True, "dtype": _dtype(spec), **pinned}
     config = DDIMScheduler.load_config(reference, subfolder="scheduler", **pinned)
+    # transformers makes weights up that it doesn't find.
+    text_encoder, report = CLIPTextModel.from_pretrained(
+        reference, subfolder="text_encoder", output_loading_info=True, **text_weights
+    )
+    if report["missing_keys"]:
+        lost = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model {spec.model}: its text_encoder lacks {len(lost)} weights ({lost[0]}, …); "
+            "complete the model or name another"
+        )
     return Components(
         tokenizer=CLIPTokenizer.from_pretrained(reference, subfolder="tokenizer", **pinned),
-        text_encoder=CLIPTextModel.from_pretrained(reference, subfolder="text_encoder", **text_weights),
+        text_encoder=text_encoder,
         vae=AutoencoderKL.from_pretrained(reference, subfolder="vae", **weights),
         unet=UNet2DConditionModel.from_pretrained(reference, subfolder="unet", **weights),
-        scheduler_config=dict(config),
+        scheduler_config={**config},
     )
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(file.suffix in (".bin", ".ckpt", ".pt", ".pth") for file in folder.glob("*")):
+        raise UnsupportedModel(
+            f"{folder}: pickled weights only, which can run code; convert the model to .safetensors "
+            "(load it in diffusers where you trust it, and save_pretrained)"
+        )
+    raise ModelError(f"{folder}: no .safetensors weights there; complete the model or name another")
 
 
 def _from_single_file(path: str, spec: JobSpec) -> Components:
     """A checkpoint in the original Stable Diffusion layout, as DreamBooth models are shared."""
     from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     if Path(path).suffix != ".safetensors":
         raise UnsupportedModel(f"{path}: only .safetensors files are loaded (others can run code)")
     kind = StableDiffusionInstructPix2PixPipeline if spec.mode == "edit" else StableDiffusionPipeline
-    config = {"config": table.resolve(spec.base_config)} if spec.base_config else {}
-    pipeline = kind.from_single_file(
-        path,
-        torch_dtype=_dtype(spec),
-        use_safetensors=True,
-        safety_checker=None,
-        feature_extractor=None,
-        **config,
-    )
+    config = {"config": table.resolve(spec.base_config), **_pinned(spec.base_config)} if spec.base_config else {}
+    try:
+        pipeline = kind.from_single_file(
+            path, torch_dtype=_dtype(spec), safety_checker=None, feature_extractor=None, **config
+        )
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{path}: weights only, and the configs of their family are not on this machine; "
+            "name a folder that has them in `base_config`"
+        ) from error
     return Components(
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
@@ -172,7 +208,7 @@ def _from_single_file(path: str, spec: JobSpec) -> Components:
 
 def _controlnet(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
     key = ("controlnet", table.revision(reference), spec.dtype, device)
-    model = _cached(key, lambda: _load_controlnet(reference, spec, device), kept=4)
+    model = _cached(key, lambda: _load_controlnet(reference, base, spec, device), kept=4)
     theirs, ours = model.config.cross_attention_dim, base.unet.config.cross_attention_dim
     if theirs != ours or model.config.block_out_channels != base.unet.config.block_out_channels:
         raise UnsupportedModel(
@@ -181,14 +217,20 @@ def _controlnet(reference: str, base: Components, spec: JobSpec, device: str) ->
     return model
 
 
-def _load_controlnet(reference: str, spec: JobSpec, device: str) -> Any:
+def _load_controlnet(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
+    import torch
     from diffusers import ControlNetModel
 
     with _loading(reference):
         if Path(reference).is_file():
-            config = {"config": table.resolve(spec.base_config)} if spec.base_config else {}
-            model = ControlNetModel.from_single_file(reference, torch_dtype=_dtype(spec), **config)
+            # Weights only; they have the shape of the UNet that they are for.
+            with tempfile.TemporaryDirectory() as config:
+                with torch.device("meta"):
+                    ControlNetModel.from_unet(base.unet, load_weights_from_unet=False).save_config(config)
+                model = ControlNetModel.from_single_file(reference, config=config, torch_dtype=_dtype(spec))
         else:
+            if Path(table.resolve(reference)).is_dir():
+                _require_safetensors(Path(table.resolve(reference)))
             model = ControlNetModel.from_pretrained(
                 table.resolve(reference), use_safetensors=True, torch_dtype=_dtype(spec), **_pinned(reference)
             )

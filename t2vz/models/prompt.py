@@ -14,10 +14,11 @@ def encode_prompts(tokenizer: Any, text_encoder: Any, prompts: list[str]) -> tup
 
     CLIP reads m = 77 tokens; what comes after has no effect on the picture.
     """
-    limit = tokenizer.model_max_length
+    # A tokenizer without a tokenizer_config.json states no limit (1e30).
+    limit = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     tokens = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
     warnings = []
-    for prompt in prompts:
+    for prompt in dict.fromkeys(prompts):  # edits give the negative prompt twice
         all_ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
         if len(all_ids) > limit:
             lost = tokenizer.decode(all_ids[limit - 1 : -1]).strip()
