@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
 from pathlib import Path
 
-import pytest
-import torch
+# Before anything imports huggingface_hub, which reads them once: a cache of the tests' own, and no hub.
+_CACHE = Path(tempfile.mkdtemp(prefix="t2vz-tests-"))
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.update(T2VZ_CACHE=str(_CACHE), HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(_CACHE / "hub"))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,18 +33,10 @@ def real_clips() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The tests' own cache of the embedded models, and no hub: nothing outside is read or written."""
-    folder = tmp_path_factory.mktemp("cache")
-    before = {name: os.environ.get(name) for name in ("T2VZ_CACHE", "HF_HUB_OFFLINE", "HF_HUB_CACHE")}
-    os.environ.update(T2VZ_CACHE=str(folder), HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(folder / "hub"))
-    yield folder
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """The tests' own cache of the embedded models."""
+    return _CACHE
 
 
 @pytest.fixture(scope="session")

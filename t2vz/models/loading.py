@@ -118,8 +118,23 @@ def _load(spec: JobSpec, device: str) -> Components:
         if len(parts.tokenizer) < _BYTE_TOKENS:
             raise ModelError(f"model {spec.model}: no tokenizer with it; complete the model or its base_config")
         for module in (parts.text_encoder, parts.vae, parts.unet):
-            module.to(device).eval().requires_grad_(False)
+            _ready(module, spec.model, device)
         return parts
+
+
+def _ready(module: Any, reference: str, device: str) -> Any:
+    """The module on its device. diffusers leaves weights that a file lacks without values, on the meta device."""
+    lost = [name for name, weight in module.named_parameters() if weight.is_meta]
+    if lost:
+        raise _incomplete(module, reference, lost)
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _incomplete(module: Any, reference: str, lost: list[str]) -> ModelError:
+    return ModelError(
+        f"model {reference}: {len(lost)} weights of its {type(module).__name__} are missing ({lost[0]}, …); "
+        "complete the model or name another"
+    )
 
 
 def _pinned(reference: str, wanted: str | None = None) -> dict[str, str]:
@@ -154,11 +169,7 @@ def _from_folder(reference: str, spec: JobSpec) -> Components:
         reference, subfolder="text_encoder", output_loading_info=True, **text_weights
     )
     if report["missing_keys"]:
-        lost = sorted(report["missing_keys"])
-        raise ModelError(
-            f"model {spec.model}: its text_encoder lacks {len(lost)} weights ({lost[0]}, …); "
-            "complete the model or name another"
-        )
+        raise _incomplete(text_encoder, spec.model, sorted(report["missing_keys"]))
     return Components(
         tokenizer=CLIPTokenizer.from_pretrained(reference, subfolder="tokenizer", **pinned),
         text_encoder=text_encoder,
@@ -234,7 +245,7 @@ def _load_controlnet(reference: str, base: Components, spec: JobSpec, device: st
             model = ControlNetModel.from_pretrained(
                 table.resolve(reference), use_safetensors=True, torch_dtype=_dtype(spec), **_pinned(reference)
             )
-        return model.to(device).eval().requires_grad_(False)
+        return _ready(model, reference, device)
 
 
 def _dtype(spec: JobSpec) -> Any:

@@ -40,11 +40,14 @@ def folder() -> Path:
             return target
         cache.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix="mini-", dir=cache))
-        write(draft)
         try:
+            write(draft)
             draft.rename(target)
-        except OSError:  # another process was first; both wrote the same
-            shutil.rmtree(draft)
+        except OSError:
+            if not target.is_dir():  # else another process was first; both wrote the same
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
         return target
 
 

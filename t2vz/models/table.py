@@ -137,18 +137,18 @@ _ROLES: dict[str, tuple[str, ...]] = {"edge": (), "depth": ("depth",), "pose": (
 
 
 def revision(reference: str, wanted: str | None = None) -> str:
-    """Identity of one model: `mini@…`, `name@fingerprint` of local files, `hub id@commit`."""
+    """Identity of one model: `mini/…@version`, `folder@` or `file@fingerprint` wherever it lies, `hub id@commit`."""
     if reference.startswith("mini/"):
         return f"{reference}@{MINI_VERSION}"
     path = Path(reference)
     if path.is_dir():
-        return f"{path.name}@{_folder_fingerprint(path)}"
+        return f"folder@{_folder_fingerprint(path)}"
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UnsupportedModel(f"{reference}: only .safetensors files are loaded (others can run code)")
-        return f"{path.name}@{fingerprint(path)}"
+        return f"file@{fingerprint(path)}"
     if not hub.HUB_ID.fullmatch(reference):
-        near = difflib.get_close_matches(reference, MODELS, n=1)
+        near = difflib.get_close_matches(reference.lower(), MODELS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else "give a known name, a folder, a .safetensors file or a hub id"
         raise UnknownModel(f"no model `{reference}`: {hint} (known names: {', '.join(MODELS)})")
     return f"{reference}@{hub.commit(reference, wanted)}"

@@ -1,0 +1,137 @@
+"""What a model's name means, and what identifies its weights: on this machine and in the hub's cache."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from t2vz.errors import ModelError, UnknownModel
+from t2vz.models import loading, table
+from t2vz.spec import JobSpec
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+def spec(model="mini", **columns):
+    return JobSpec(prompt="x", model=str(model), **columns)
+
+
+def control(condition, **columns):
+    return spec(mode="control", condition=condition, **({"source": "unused"} | columns))
+
+
+def add_one(folder):
+    """Change one weight of the model."""
+    weights = load_file(folder / UNET)
+    weights["conv_in.bias"] += 1
+    save_file(weights, folder / UNET, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def hub_model(hub_cache, tiny_model):
+    """`somebody/model` in the hub's cache: a branch `main` and, with other weights, `dreambooth`."""
+    repository = hub_cache / "models--somebody--model"
+    (repository / "refs").mkdir(parents=True)
+    for branch, commit in (("main", FIRST), ("dreambooth", SECOND)):
+        (repository / "refs" / branch).write_text(commit)
+        shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    add_one(repository / "snapshots" / SECOND)
+    return "somebody/model"
+
+
+def test_a_folders_identity_is_its_weights_not_its_place(model, tmp_path):
+    before = table.identity(spec(model))
+    copy = shutil.copytree(model, tmp_path / "elsewhere" / model.name)
+    assert table.identity(spec(copy)) == before
+    (copy / "README.md").write_text("says nothing about the frames")
+    assert table.identity(spec(copy)) == before
+    add_one(copy)
+    assert table.identity(spec(copy)) != before
+
+
+def test_the_names_of_a_folders_files_are_in_its_identity(model):
+    before = table.identity(spec(model))
+    (model / "unet/config.json").rename(model / "unet/config1.json")
+    assert table.identity(spec(model)) != before
+
+
+def test_identity_holds_every_model_that_is_used_and_no_other():
+    assert table.identity(spec()) == "mini/base@0"
+    assert table.identity(spec(mode="edit", source="unused")) == "mini/edit@0"
+    assert table.identity(control("edge")) == "mini/base@0 mini/controlnet-edge@0"
+    assert table.identity(control("depth")) == "mini/base@0 mini/controlnet-depth@0 mini/depth@0"
+    assert table.identity(control("edge+pose")).split()[3:] == ["mini/detector@0", "mini/pose@0"]
+    assert table.identity(control("depth", source=None, condition_video="ready.mp4")).split()[2:] == []
+
+
+def test_identity_holds_a_controlnet_of_ones_own(tiny_controlnets):
+    one, two = (table.identity(control("edge", controlnet=str(folder))) for folder in tiny_controlnets)
+    assert one.startswith("mini/base@0 one@")
+    assert one.split("@")[-1] != two.split("@")[-1]
+
+
+def test_a_hub_model_is_loaded_at_the_commit_that_identifies_it(hub_model, tiny_model):
+    assert table.identity(spec(hub_model)) == f"somebody/model@{FIRST}"
+    assert table.identity(spec(hub_model, revision="dreambooth")) == f"somebody/model@{SECOND}"
+    assert table.identity(spec(hub_model, revision=SECOND)) == f"somebody/model@{SECOND}"
+
+    expected = load_file(tiny_model / UNET)["conv_in.bias"]
+    for revision, change in ((None, 0), ("dreambooth", 1), (SECOND, 1)):
+        unet = loading.load(spec(hub_model, revision=revision), "cpu").unet
+        assert torch.equal(unet.conv_in.bias, expected + change)
+    assert loading.native_px(spec(hub_model)) == 128
+
+
+def test_a_branch_that_moves_meanwhile_does_not_change_the_run(hub_model, hub_cache, tiny_model):
+    row = spec(hub_model)
+    planned = table.identity(row)
+    (hub_cache / "models--somebody--model/refs/main").write_text(SECOND)
+    unet = loading.load(row, "cpu").unet
+    assert torch.equal(unet.conv_in.bias, load_file(tiny_model / UNET)["conv_in.bias"])
+    assert table.identity(row) == planned
+
+
+def test_a_hub_model_without_tokenizer_files_is_refused(hub_model, hub_cache):
+    shutil.rmtree(hub_cache / "models--somebody--model/snapshots" / FIRST / "tokenizer")
+    with pytest.raises(ModelError, match="somebody/model"):
+        loading.load(spec(hub_model), "cpu")
+
+
+@pytest.mark.parametrize("columns", [{}, {"revision": "no-such-branch"}])
+def test_what_is_not_in_the_cache_fails_at_once_without_a_network(hub_model, columns):
+    name = hub_model if columns else "nobody/nothing"
+    begin_s = time.monotonic()
+    for ask in (table.identity, lambda row: loading.load(row, "cpu"), loading.native_px):
+        with pytest.raises(ModelError, match=f"{name}: not in the local cache.*name a folder") as caught:
+            ask(spec(name, **columns))
+        assert "\n" not in caught.value.message
+    assert time.monotonic() - begin_s < 5
+
+
+@pytest.mark.parametrize(("name", "near"), [("minni", "`mini`"), ("sd1.5", "`sd15`"), ("SD15", "`sd15`")])
+def test_an_unknown_name_suggests_a_near_one(name, near):
+    with pytest.raises(UnknownModel, match=f"no model `{name}`: did you mean {near}"):
+        table.identity(spec(name))
+
+
+@pytest.mark.parametrize("name", ["quite-different", "no/such/folder", "../escape", "a b/c", "folder/"])
+def test_an_unknown_name_says_what_is_known(name):
+    with pytest.raises(UnknownModel, match="known names: mini, sd15"):
+        table.identity(spec(name))
+
+
+def test_every_family_names_a_model_for_every_mode():
+    for name in table.MODELS:
+        assert table.model_reference(spec(name)) != table.model_reference(spec(name, mode="edit", source="unused"))
+        for condition in ("edge", "depth", "pose"):
+            assert table.controlnet_references(control(condition, model=name))
+
+
+def test_only_mini_carries_a_note():
+    assert "noise" in table.note("mini")
+    assert table.note("sd15") is None
