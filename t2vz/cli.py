@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -166,7 +167,11 @@ def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **option
 
     # Before anything heavy starts: a manifest that can't be used, or nothing to do.
     items = planned(manifest, out, defaults, verify=options["verify"])
-    if all(isinstance(item, Done) for item in items):
+    first = next(items, None)
+    if first is None:
+        click.echo(f"nothing to render: {manifest} has no rows")
+        return OK
+    if all(isinstance(item, Done) for item in chain([first], items)):
         click.echo(f"nothing to render: every row is done in {out}")
         return OK
 

@@ -25,11 +25,13 @@ from .clip import Clip
 from .errors import OutputError, T2VZError, translate, translating
 from .events import Event, emit
 from .media.limits import Limits
+from .models import table
 from .plan import TEXT_FRAMES, Job, Unready
 from .results import ResultRow, ResultStore
 from .spec import JobSpec, canonical, evaluations, t0_t1
 
 if TYPE_CHECKING:
+    from .engine.lockstep import Snapshot
     from .media.encode import Encoded
     from .models.loading import Components
     from .modes import Generated, Request
@@ -43,6 +45,7 @@ class Settings:
     """What the rows of a run share.
 
     out: the output folder. manifest: where the rows come from, for the results. device: "auto", "cpu", "cuda:0", …
+    snapshot_s: seconds of denoising after which its state is saved, for a later run to go on from.
     """
 
     out: Path
@@ -50,6 +53,7 @@ class Settings:
     run_id: str
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    snapshot_s: float = 30.0
 
     @property
     def workspace(self) -> Path:
@@ -118,6 +122,7 @@ class Render:
         self.encoded: Encoded | None = None
         self.device = ""
         self._steps_done = 0
+        self._snapshot_due = 0.0
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -185,9 +190,9 @@ class Render:
 
         spec, clip = self.spec, self.clip
         device = self._device()
-        start = time.monotonic()
+        began = time.monotonic()
         self.components = load(spec, device)
-        self.seconds["model"] = time.monotonic() - start
+        self.seconds["model"] = time.monotonic() - began
         if clip is None:
             native = native_px(spec)
             width, height, frames = (
@@ -197,12 +202,17 @@ class Render:
             )
         else:
             width, height, frames = clip.width, clip.height, len(clip)
-        self._steps_done, total = 0, evaluations(spec, frames)
+        total = evaluations(spec, frames)
 
         def on_step(count: int) -> None:
-            self._steps_done += count
+            self._steps_done = min(self._steps_done + count, total)  # a resumed text row does its anchor again
             emit(Event("step", self.job.row.id, "generate", self._steps_done, total))
 
+        start = self._saved_snapshot()
+        if start is not None:
+            self._warn(f"resumed at denoising step {start.step + 1} of {spec.num_inference_steps}")
+        self._steps_done = 0 if start is None else total - (spec.num_inference_steps - start.step) * frames
+        self._snapshot_due = time.monotonic() + self.settings.snapshot_s
         self.request = Request(
             spec,
             self.job.seed,
@@ -212,14 +222,48 @@ class Render:
             source=clip.frames if clip is not None and spec.mode == "edit" else None,
             conditions=self.conditions,
             on_step=on_step,
+            start=start,
+            on_snapshot=self._save_snapshot,
         )
         self.generated = generate(self.components, self.request)
         self._warn(*self.generated.warnings)
         # The arrays of a long clip are big; from here on only its rate and sound are needed.
         self.conditions = ()
-        self.request = replace(self.request, source=None, conditions=())
+        self.request = replace(self.request, source=None, conditions=(), start=None)
         if clip is not None:
             self.clip = replace(clip, frames=clip.frames[:1].copy(), timestamps_s=clip.timestamps_s[:1])
+
+    @property
+    def _snapshot_path(self) -> Path:
+        """Outside of the run's own workspace: it shall outlive a killed run."""
+        return self.settings.workspace.parent / "snapshots" / f"{self.job.job_id}.pt"
+
+    def _saved_snapshot(self) -> Snapshot | None:
+        import torch
+
+        from .engine.lockstep import Snapshot
+
+        try:
+            return Snapshot(**torch.load(self._snapshot_path, weights_only=True))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # damaged, or of another version: the job can do without
+            self._warn(f"the saved state of an earlier run can't be used ({type(error).__name__}): begun anew")
+            return None
+
+    def _save_snapshot(self, take: Callable[[], Snapshot]) -> None:
+        import torch
+
+        if time.monotonic() < self._snapshot_due:
+            return
+        self._snapshot_path.parent.mkdir(exist_ok=True)
+        draft = self.workspace / "snapshot.pt"
+        torch.save(vars(take()), draft)
+        draft.replace(self._snapshot_path)
+        self._snapshot_due = time.monotonic() + self.settings.snapshot_s
+
+    def forget_snapshot(self) -> None:
+        self._snapshot_path.unlink(missing_ok=True)
 
     def _encode(self) -> None:
         from .engine import vae
@@ -266,24 +310,24 @@ class Render:
             used["t0"], used["t1"] = t0_t1(self.spec)
         if self.spec.mode == "control":
             used["controlnet_conditioning_scale"] = self.spec.scales
+            used["controlnet"] = self._controlnets()
+        if self.spec.conditions_extracted:
+            used["condition_models"] = table.annotator_references(self.spec)
         if self.request is not None:
             used |= {"width": self.request.width, "height": self.request.height, "video_length": self.request.frames}
             used["fps"] = str(self._rate_fps())
         return used
+
+    def _controlnets(self) -> tuple[str, ...]:
+        return table.controlnet_references(self.spec) if self.spec.mode == "control" else ()
 
     def _rate_fps(self) -> Fraction:
         return self.clip.rate_fps if self.clip is not None else self.spec.fps or TEXT_FPS
 
     def row(self, error: T2VZError | None = None) -> ResultRow:
         """The results row: ok, or failed with `error`."""
-        from .models import table
-
         spec, job, encoded = self.spec, self.job, self.encoded
         finished = datetime.now(UTC)
-        controlnets: tuple[str, ...] = ()
-        if spec.mode == "control":
-            with suppress(T2VZError):  # a failed row's model may have none
-                controlnets = table.controlnet_references(spec)
         row = _common_row(self.settings, job.job_id, job.row.id, job.row.number, self.started_at, finished)
         row |= {
             "attempts": max(self.attempts.values(), default=0),
@@ -295,7 +339,7 @@ class Render:
             "seed": job.seed,
             "model": spec.model,
             "model_revision": job.model_revision,
-            "controlnets": controlnets,
+            "controlnets": self._controlnets(),
             "loras": (),
             "scheduler": spec.scheduler_name,
             "dtype": spec.dtype,
@@ -365,6 +409,8 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
         except Exception as error:
             row = work.row(translate(error, "unknown"))
         store.commit(row)
+        if not row.retryable:
+            work.forget_snapshot()
     finally:
         shutil.rmtree(work.workspace, ignore_errors=True)
     emit(Event("row_finished", job.row.id, status=row.status, message=row.error_message or row.output_uri or ""))

@@ -313,7 +313,12 @@ def _encoding_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
 
 # What says where things are or how fast they are made, not which frames come out. Files and models are in
 # the identity by their content's fingerprint, wherever they lie.
-_NOT_IN_IDENTITY = frozenset(("chunk_size", "source", "condition_video", "model", "revision", "base_config"))
+_NOT_IN_IDENTITY = frozenset(
+    (
+        *("chunk_size", "source", "condition_video", "model", "revision", "base_config", "controlnet"),
+        *("depth_model", "pose_model", "person_detector", "annotators"),
+    )
+)
 
 
 def canonical(spec: JobSpec) -> dict[str, Any]:

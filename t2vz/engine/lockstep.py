@@ -6,8 +6,10 @@ values are alive. So memory does not grow with the clip, and the result does not
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InvalidFrames, OutOfDeviceMemory
-from . import noise
+from . import noise, schedule
 from .attention import AnchorState
 from .guidance import Guide
 
@@ -91,6 +93,22 @@ class Denoiser:
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid} if down else {}
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A denoising between two steps: all that it takes to go on, in the same bits.
+
+    step: number of the next step. latents: float32 (F, C, h, w), on the CPU.
+    scheduler: what a multistep sampler remembers of the steps before.
+    """
+
+    step: int
+    latents: Tensor
+    scheduler: dict[str, Any]
+
+
+OnSnapshot = Callable[[Callable[[], Snapshot]], None]
+
+
 def denoise(
     denoiser: Denoiser,
     latents: Tensor,
@@ -100,6 +118,8 @@ def denoise(
     seed: int,
     chunk_size: int,
     on_step: OnStep,
+    start: Snapshot | None = None,
+    on_snapshot: OnSnapshot = lambda take: None,
 ) -> Tensor:
     """Take all frames through the scheduler's steps number steps[0] … steps[-1], in lockstep.
 
@@ -107,10 +127,15 @@ def denoise(
     scheduler: fresh, at that step (`schedule.make_scheduler`).
     seed: keys the noise of stochastic samplers.
     on_step: called with the number of evaluations since its last call, after each chunk.
+    start: a snapshot of this same denoising to go on from, instead of `latents`.
+    on_snapshot: called after each step but the last with a function that takes a snapshot.
     Returns the latents after the last step. When device memory runs out, the chunk is halved and done again.
     Raises OutOfDeviceMemory if one frame alone is too much, InvalidFrames on NaN or infinity.
     """
-    takes_generator = "generator" in scheduler.step.__code__.co_varnames
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    if start is not None:
+        steps, latents = range(start.step, steps.stop), start.latents.to(latents.device)
+        schedule.restore(scheduler, start.scheduler, latents.device)
     for step in steps:
         t = scheduler.timesteps[step].to(latents.device)
         prediction, chunk_size = _predict(denoiser, scheduler.scale_model_input(latents, t), t, chunk_size, on_step)
@@ -120,7 +145,13 @@ def denoise(
         # One look a step costs a synchronisation, and saves hours of denoising nothing.
         if not torch.isfinite(latents).all():
             raise InvalidFrames(f"NaN or infinite latents at step {step + 1}; try dtype=float32 or bfloat16")
+        if step + 1 < steps.stop:
+            on_snapshot(partial(_snapshot, step + 1, latents, scheduler))
     return latents
+
+
+def _snapshot(step: int, latents: Tensor, scheduler: Any) -> Snapshot:
+    return Snapshot(step, latents.cpu(), schedule.memory(scheduler))
 
 
 def _predict(denoiser: Denoiser, x: Tensor, t: Tensor, chunk_size: int, on_step: OnStep) -> tuple[Tensor, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import GenerationError
@@ -59,3 +60,30 @@ def to_variance_preserving(name: str, latents: Tensor, level: float) -> Tensor:
 def from_variance_preserving(name: str, latents: Tensor, level: float) -> Tensor:
     """The inverse of `to_variance_preserving`."""
     return latents / level**0.5 if SCHEDULERS[name][2] else latents
+
+
+def memory(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler has learnt on its way (previous predictions, counters): CPU tensors, numbers, lists."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(len(scheduler.timesteps))
+    state = {name: _to(value, "cpu") for name, value in vars(scheduler).items() if not name.startswith("_internal")}
+    return {name: value for name, value in state.items() if not _same(value, vars(fresh).get(name))}
+
+
+def restore(scheduler: Any, state: dict[str, Any], device: Any) -> None:
+    """Give a fresh scheduler of the same kind and steps the memory of another."""
+    vars(scheduler).update({name: _to(value, device) for name, value in state.items()})
+
+
+def _to(value: Any, device: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return [_to(item, device) for item in value] if isinstance(value, list) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and bool(np.all(a == b))

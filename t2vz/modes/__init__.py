@@ -15,6 +15,7 @@ from ..spec import JobSpec
 if TYPE_CHECKING:  # torch is imported where a mode runs
     from torch import Tensor
 
+    from ..engine.lockstep import OnSnapshot, Snapshot
     from ..models.loading import Components
 
 
@@ -26,6 +27,7 @@ class Request:
     source: uint8 (F, H, W, 3), RGB, the frames to edit; None in the other modes.
     conditions: one uint8 (F, H, W, 3) for each of spec.condition; empty in the other modes.
     on_step: called with the number of UNet evaluations since its last call.
+    start, on_snapshot: to go on from a snapshot of the same request, and to be offered some (`engine.lockstep`).
     """
 
     spec: JobSpec
@@ -36,6 +38,8 @@ class Request:
     source: NDArray[np.uint8] | None = None
     conditions: tuple[NDArray[np.uint8], ...] = ()
     on_step: Callable[[int], None] = lambda evaluations: None
+    start: Snapshot | None = None
+    on_snapshot: OnSnapshot = lambda take: None
 
 
 @dataclass(frozen=True)

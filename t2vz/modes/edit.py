@@ -42,5 +42,7 @@ def generate(components: Components, request: Request) -> Generated:
             seed=request.seed,
             chunk_size=spec.chunk_size,
             on_step=request.on_step,
+            start=request.start,
+            on_snapshot=request.on_snapshot,
         )
     return Generated(latents, denoiser.evaluations, tuple(warnings))

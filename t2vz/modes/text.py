@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..engine import motion, noise, schedule
@@ -20,7 +22,7 @@ def generate(components: Components, request: Request) -> Generated:
     text, guide, warnings = prompt_branches(components, spec)
     shape = latent_shape(components, request)
 
-    def run(latents: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    def run(latents: torch.Tensor, first: int, end: int, **resumption: Any) -> torch.Tensor:
         scheduler = schedule.make_scheduler(name, components.scheduler_config, steps, first)
         return denoise(
             denoiser,
@@ -30,14 +32,17 @@ def generate(components: Components, request: Request) -> Generated:
             seed=request.seed,
             chunk_size=spec.chunk_size,
             on_step=request.on_step,
+            **resumption,
         )
 
     with anchor_attention([components.unet], branches=len(text)) as state:
         denoiser = Denoiser(components.unet, state, text, guide)
         levels = schedule.make_scheduler(name, components.scheduler_config, steps)
+        # Only the lockstep of all frames is resumed: the anchor's few steps before are done again, in the same bits.
+        resumption: dict[str, Any] = {"start": request.start, "on_snapshot": request.on_snapshot}
         start = noise.draw(request.seed, "initial", [0], shape) * levels.init_noise_sigma
         if request.frames == 1:
-            latents = run(start.to(device), 0, steps)
+            latents = run(start.to(device), 0, steps, **resumption)
         else:
             # t0 and t1 count steps from the clean end, as in the paper's code.
             t0, t1 = t0_t1(spec)
@@ -52,5 +57,5 @@ def generate(components: Components, request: Request) -> Generated:
             eps = noise.draw(request.seed, "motion", later, shape).to(device)
             moved = motion.renoise(moved, eps, level_t0, level_t1)
             moved = schedule.from_variance_preserving(name, moved, level_t1)
-            latents = run(torch.cat([anchor_t1, moved]), at_t1, steps)
+            latents = run(torch.cat([anchor_t1, moved]), at_t1, steps, **resumption)
     return Generated(latents, denoiser.evaluations, tuple(warnings))

@@ -46,7 +46,7 @@ def hub_model(hub_cache, tiny_model):
 
 def test_a_folders_identity_is_its_weights_not_its_place(model, tmp_path):
     before = table.identity(spec(model))
-    copy = shutil.copytree(model, tmp_path / "elsewhere" / model.name)
+    copy = shutil.copytree(model, tmp_path / "elsewhere" / "renamed")
     assert table.identity(spec(copy)) == before
     (copy / "README.md").write_text("says nothing about the frames")
     assert table.identity(spec(copy)) == before
@@ -71,7 +71,7 @@ def test_identity_holds_every_model_that_is_used_and_no_other():
 
 def test_identity_holds_a_controlnet_of_ones_own(tiny_controlnets):
     one, two = (table.identity(control("edge", controlnet=str(folder))) for folder in tiny_controlnets)
-    assert one.startswith("mini/base@0 one@")
+    assert one.startswith("mini/base@0 folder@")
     assert one.split("@")[-1] != two.split("@")[-1]
 
 

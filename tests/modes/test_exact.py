@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_vid
 )
 
 from t2vz.engine import noise, schedule, vae
+from t2vz.engine.lockstep import Snapshot
 from t2vz.errors import OutOfDeviceMemory
 from t2vz.models import loading
 from t2vz.modes import Request, generate
@@ -279,3 +281,36 @@ def test_a_rerun_is_the_same_bit_for_bit(tiny_model):
     assert torch.equal(once, again)
     other = generate(components, Request(spec, SEED + 1, 64, 64, 3)).latents
     assert not torch.allclose(once, other, atol=0.1)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("scheduler", list(schedule.SCHEDULERS))
+@pytest.mark.parametrize("mode", ["text", "edit"])
+@pytest.mark.parametrize("steps_before", [1, 3])
+def test_a_killed_denoising_goes_on_in_the_same_bits(
+    tiny_model, tiny_edit_model, tmp_path, mode, scheduler, steps_before
+):
+    pictures = np.random.default_rng(3).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    edits = {"source": "unused", "guidance_scale": 3} if mode == "edit" else {}
+    model = tiny_edit_model if mode == "edit" else tiny_model
+    spec, components = make(model, mode=mode, num_inference_steps=7, scheduler=scheduler, **edits)
+    request = Request(spec, SEED, 64, 64, 3, source=pictures if mode == "edit" else None)
+    whole = generate(components, request)
+
+    taken = []
+
+    def kill(take):
+        taken.append(take())
+        if len(taken) == steps_before:
+            torch.save(vars(taken[-1]), tmp_path / "snapshot")
+            raise Killed
+
+    with pytest.raises(Killed):
+        generate(components, replace(request, on_snapshot=kill))
+    saved = Snapshot(**torch.load(tmp_path / "snapshot", weights_only=True))
+    resumed = generate(components, replace(request, start=saved))
+    assert torch.equal(resumed.latents, whole.latents)
+    assert resumed.evaluations == whole.evaluations - steps_before * 3

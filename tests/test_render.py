@@ -1,0 +1,89 @@
+"""One job, whole: resumed where it was stopped; leftovers of dead runs swept; ids as file names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t2vz.events import Event, listening
+from t2vz.plan import Job, plan
+from t2vz.render import Settings, file_name, opening, render
+from t2vz.results import ResultRow
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("id,prompt,width,height,video_length,num_inference_steps\none,a red ball,64,64,3,8\n")
+    (job,) = plan(manifest, None)
+    assert isinstance(job, Job)
+    return job
+
+
+def rendered(job: Job, settings: Settings) -> ResultRow:
+    with opening(settings):
+        row = render(job, settings)
+    assert row is not None
+    return row
+
+
+def test_a_stopped_row_is_resumed_and_ends_in_the_same_file(job, tmp_path):
+    straight = rendered(job, Settings(tmp_path / "straight", "m", "run", snapshot_s=0))
+    settings = Settings(tmp_path / "stopped", "m", "run-1", snapshot_s=0)
+
+    def stop(event: Event) -> None:
+        if event.kind == "step" and event.done == event.total - 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), opening(settings), listening(stop):
+        render(job, settings)
+    assert not list((settings.out / "videos").iterdir())
+    snapshots = settings.out / ".work" / "snapshots"
+    assert [file.name for file in snapshots.iterdir()] == [f"{job.job_id}.pt"]
+
+    resumed = rendered(job, Settings(settings.out, "m", "run-2", snapshot_s=0))
+    assert resumed.output_sha256 == straight.output_sha256
+    assert resumed.warnings == ("resumed at denoising step 7 of 8",)
+    assert straight.unet_evaluations == job.unet_evaluations
+    assert resumed.unet_evaluations < straight.unet_evaluations
+    assert not list(snapshots.iterdir())
+
+
+def test_a_damaged_snapshot_costs_the_time_it_would_have_saved_and_no_more(job, tmp_path):
+    settings = Settings(tmp_path / "out", "m", "run")
+    snapshot = settings.out / ".work" / "snapshots" / f"{job.job_id}.pt"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_bytes(b"PK\x03\x04 cut off")
+    row = rendered(job, settings)
+    assert row.status == "ok"
+    assert "begun anew" in row.warnings[0]
+
+
+def test_leftovers_of_dead_runs_are_swept_and_those_of_living_ones_kept(tmp_path):
+    out = tmp_path / "out"
+    dead = (
+        "import os, sys; from pathlib import Path; from t2vz.render import Settings, opening\n"
+        "with opening(Settings(Path(sys.argv[1]), 'm', 'dead')) as _:\n"
+        "    (Path(sys.argv[1]) / '.work/dead/half.mp4').write_text('…'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", dead, str(out)], check=False)
+    assert (out / ".work/dead/half.mp4").exists()
+    living = Settings(out, "m", "living")
+    with opening(living):
+        assert not (out / ".work/dead").exists()
+        (living.workspace / "half.mp4").write_text("…")
+        with opening(Settings(out, "m", "other")):
+            assert (living.workspace / "half.mp4").exists()
+    assert [file.name for file in (out / ".work").iterdir()] == ["sweep.lock"]
+
+
+@pytest.mark.parametrize(
+    ("id", "name"),
+    [("deer 12", "deer_12"), ("../../etc/passwd", "_.._etc_passwd"), ("Ünïcode", "_n_code"), ("…", "_"), (".", "row")],
+)
+def test_any_id_makes_a_plain_file_name(id, name):
+    assert file_name(id) == name
+    assert len(file_name(id * 100)) <= 80
