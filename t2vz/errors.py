@@ -141,6 +141,7 @@ class UnexpectedError(T2VZError):
 _OUTPUT_ERRNOS = {
     errno.ENOSPC: "no space left on the device; free some and run again",
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
+    errno.EFBIG: "the file is larger than this process or file system may write",
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
     errno.EROFS: "the file system is read-only",

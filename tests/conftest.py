@@ -6,12 +6,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports huggingface_hub, which reads them once: a cache of the tests' own, and no hub.
 _CACHE = Path(tempfile.mkdtemp(prefix="t2vz-tests-"))
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ.update(T2VZ_CACHE=str(_CACHE), HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(_CACHE / "hub"))
+os.environ.update(PREFECT_HOME=str(_CACHE / "prefect"), DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -37,6 +39,16 @@ def real_clips() -> Path:
 def cache() -> Path:
     """The tests' own cache of the embedded models."""
     return _CACHE
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[str]:
+    """The URL of a Prefect server with an empty database, which flows of this process use, too."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(120), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield PREFECT_API_URL.value()
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def probe(path: str | os.PathLike[str], limits: Limits = Limits()) -> Probe:  # 
 def _check_bytes(path: str, size_bytes: int, limits: Limits) -> None:
     if size_bytes > limits.max_source_bytes:
         raise SourceTooLarge(
-            f"{path}: {size_bytes / 1e6:,.0f} MB, the limit is {limits.max_source_bytes / 1e6:,.0f} MB; cut it first"
+            f"{path}: {size_bytes / 1e6:,.3g} MB, the limit is {limits.max_source_bytes / 1e6:,.3g} MB; cut it first"
         )
 
 

@@ -149,10 +149,13 @@ def write_controlnet(folder: Path, *, base: Path) -> None:
 
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 32, 32))
-    # A fresh ControlNet ends in zeros and would have no effect.
+    # A fresh ControlNet ends in zeros and would have no effect, and its embedding would let next to nothing
+    # of the condition through.
     for layer in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         torch.nn.init.normal_(layer.weight, std=0.05)
-    torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.05)
+    for layer in controlnet.controlnet_cond_embedding.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
     controlnet.save_pretrained(folder)
 
 

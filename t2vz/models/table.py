@@ -13,7 +13,7 @@ from ..spec import JobSpec
 from . import hub
 
 # Raised when the embedded models change: their jobs then count as not done.
-MINI_VERSION = "0"
+MINI_VERSION = "1"
 MINI_NOTE = (
     "model mini has random weights in this version (fixed seed): the whole path runs, "
     "but the pictures are noise. Name a Stable Diffusion model in the column `model` to see pictures."

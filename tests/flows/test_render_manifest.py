@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.flows import load_flow_from_entrypoint
 
 from t2vz.errors import SourceCorrupt, StorageTimeout
@@ -93,7 +93,7 @@ def test_bad_row_beside_good_one_is_recorded_and_shown(
 
     with get_client(sync_client=True) as client:
         (artifact,) = client.read_artifacts(
-            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["render-manifest"]))
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[rows["good"].run_id]))
         )
     assert "1 rendered, 1 failed" in artifact.data
     assert "| missing | decode |" in artifact.data

@@ -1,4 +1,4 @@
-"""`t2vz run` as a user has it: a process of its own, with its exit code, its output and the terminal's Ctrl-C."""
+"""`t2vz run` as a user has it: its exit code, its output, the terminal's Ctrl-C and the server that it starts."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from t2vz.cli import main
 from t2vz.results import ResultStore, read
 
 Write = Callable[..., Path]
@@ -49,16 +50,15 @@ def awaiting(what: Callable[[], object], process: "subprocess.Popen[str]", secon
         time.sleep(0.05)
 
 
-def test_some_rows_fail_then_all_is_done(
-    manifest: Write, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("prefect_api")
+def test_some_rows_fail_then_all_is_done(manifest: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, which has imported all that is heavy already."""
     out = tmp_path / "out"
     good = {"id": "good", "seed": "1"}
     bad = {"id": "bad", "mode": "edit", "source": "nowhere.mp4"}
 
-    first = start(manifest(good, bad), "--out", out, "--device", "cpu")
-    told, log = first.communicate(timeout=120)
-    assert first.returncode == 1, log
+    assert main(["run", str(manifest(good, bad)), "--out", str(out), "--device", "cpu"]) == 1
+    told, log = capsys.readouterr()
     video = next((out / "videos").iterdir())
     lines = told.splitlines()
     assert any(line.startswith("good  ok") and str(video) in line for line in lines)
@@ -68,10 +68,8 @@ def test_some_rows_fail_then_all_is_done(
     assert "Traceback" not in log
     assert "Task run" not in log
 
-    again = start(manifest(good), "--out", out, "--device", "cpu")
-    told, log = again.communicate(timeout=60)
-    assert again.returncode == 0, log
-    assert told == f"nothing to render: every row is done in {out}\n"
+    assert main(["run", str(manifest(good)), "--out", str(out), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"nothing to render: every row is done in {out}\n"
 
 
 def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_else(
@@ -109,11 +107,19 @@ def test_unusable_manifest_is_told_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_temporary_server_ends_with_a_killed_run(tmp_path: Path) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def run_with_a_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
+    """A process that holds a temporary server and prints its URL. It takes long to start: before the other tests."""
     holds = "import time\nfrom t2vz_flows.server import api\nwith api() as url: print(url, flush=True); time.sleep(600)"
     env = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    env |= {"PREFECT_HOME": str(tmp_path), "DO_NOT_TRACK": "1"}
-    process = subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE, text=True, env=env)
+    env |= {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "DO_NOT_TRACK": "1"}
+    with subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE, text=True, env=env) as process:
+        yield process
+        process.kill()
+
+
+def test_temporary_server_ends_with_a_killed_run(run_with_a_server: "subprocess.Popen[str]") -> None:
+    process = run_with_a_server
     assert process.stdout is not None
     url = process.stdout.readline().strip()
     with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:

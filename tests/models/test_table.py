@@ -61,17 +61,17 @@ def test_the_names_of_a_folders_files_are_in_its_identity(model):
 
 
 def test_identity_holds_every_model_that_is_used_and_no_other():
-    assert table.identity(spec()) == "mini/base@0"
-    assert table.identity(spec(mode="edit", source="unused")) == "mini/edit@0"
-    assert table.identity(control("edge")) == "mini/base@0 mini/controlnet-edge@0"
-    assert table.identity(control("depth")) == "mini/base@0 mini/controlnet-depth@0 mini/depth@0"
-    assert table.identity(control("edge+pose")).split()[3:] == ["mini/detector@0", "mini/pose@0"]
+    assert table.identity(spec()) == "mini/base@1"
+    assert table.identity(spec(mode="edit", source="unused")) == "mini/edit@1"
+    assert table.identity(control("edge")) == "mini/base@1 mini/controlnet-edge@1"
+    assert table.identity(control("depth")) == "mini/base@1 mini/controlnet-depth@1 mini/depth@1"
+    assert table.identity(control("edge+pose")).split()[3:] == ["mini/detector@1", "mini/pose@1"]
     assert table.identity(control("depth", source=None, condition_video="ready.mp4")).split()[2:] == []
 
 
 def test_identity_holds_a_controlnet_of_ones_own(tiny_controlnets):
     one, two = (table.identity(control("edge", controlnet=str(folder))) for folder in tiny_controlnets)
-    assert one.startswith("mini/base@0 folder@")
+    assert one.startswith("mini/base@1 folder@")
     assert one.split("@")[-1] != two.split("@")[-1]
 
 

@@ -314,3 +314,22 @@ def test_a_killed_denoising_goes_on_in_the_same_bits(
     resumed = generate(components, replace(request, start=saved))
     assert torch.equal(resumed.latents, whole.latents)
     assert resumed.evaluations == whole.evaluations - steps_before * 3
+
+
+def test_what_a_condition_shows_matters(tiny_model, tiny_controlnets):
+    """Else the comparison with diffusers could not see mixed-up conditions."""
+    spec, components = make(
+        tiny_model,
+        mode="control",
+        source="unused",
+        condition="edge",
+        controlnet=str(tiny_controlnets[0]),
+        num_inference_steps=3,
+    )
+    pictures = np.random.default_rng(4).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    straight, swapped = (
+        generate(components, Request(spec, SEED, 64, 64, 3, conditions=(frames,))).latents
+        for frames in (pictures, pictures[[0, 2, 1]])
+    )
+    assert (straight[1] - swapped[1]).abs().max() > 0.1
+    torch.testing.assert_close(straight[[0, 2, 1]], swapped, atol=1e-4, rtol=0)
