@@ -158,7 +158,7 @@ def translate(error: BaseException, stage: str, subject: str = "") -> T2VZError:
         return error
     about = f"{subject}: " if subject else ""
     if isinstance(error, OSError) and error.errno in _OUTPUT_ERRNOS:
-        where = f"{error.filename}: " if error.filename else about
+        where = f"{str(error.filename).removeprefix('file:')}: " if error.filename else about
         if stage == "decode" and error.errno in (errno.EACCES, errno.EPERM):
             return SourceError(f"{where}no permission to read it", stage=stage)
         return OutputError(f"{where}{_OUTPUT_ERRNOS[error.errno]}", stage=stage)

@@ -252,7 +252,7 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("shortage", "said"), [("disk", "no space left"), ("file size", "too large")])
+@pytest.mark.parametrize(("shortage", "said"), [("disk", "no space left"), ("file size", "larger than")])
 def test_no_room_for_the_video(shortage: str, said: str, manifest: Write, tmp_path: Path, leftovers: Any) -> None:
     """The row fails and leaves nothing; once there is room the same row is rendered."""
     row = {"id": "big", "format": "mkv", "width": 256, "height": 256}
