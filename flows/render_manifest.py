@@ -6,13 +6,13 @@ neither frames nor results are stored there, and a history that it loses costs n
 """
 
 import logging
+import os
 import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from prefect import flow, get_run_logger, runtime, task
@@ -26,7 +26,7 @@ from prefect.utilities.annotations import quote
 from pydantic import BaseModel, Field
 
 from t2vz import events
-from t2vz.errors import T2VZError, UnexpectedError
+from t2vz.errors import DeviceLost, T2VZError, UnexpectedError
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import STAGES, Render, Settings, opening, record_unready, render
 from t2vz.results import ResultStore
@@ -34,7 +34,7 @@ from t2vz.results import ResultStore
 _FLUSH_ROWS = 100  # a merge into the table costs 1 s, whatever its size
 _FLUSH_S = 10.0
 _STOP_S = 5.0  # what an interrupted run gives its rows to end
-_LOOK_AHEAD = 1000  # rows planned before the first is begun, so that progress knows the total of most runs
+_LOOK_AHEAD = 100  # rows planned before the first is begun, so that progress knows the total of most runs
 _TOLD_ROWS = 100  # failed rows in the summary artifact; the table has them all
 
 
@@ -88,14 +88,13 @@ def render_manifest(parameters: RenderParameters) -> Any:
     hide_tracebacks()
     settings = Settings(
         out=Path(parameters.out).absolute(),
-        manifest=parameters.manifest,
+        manifest=os.path.abspath(parameters.manifest),
         run_id=str(runtime.flow_run.id),
         device=parameters.device,
     )
     store = ResultStore(parameters.out)
-    stopping = Event()
-    call = _stage_caller(parameters.retries, stopping)
-    finished: queue.SimpleQueue[tuple[str, PrefectFuture[Any]]] = queue.SimpleQueue()
+    call = _stage_caller(parameters.retries)
+    finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
     under_way: set[PrefectFuture[Any]] = set()
     counts: Counter[str] = Counter()
     failures: list[tuple[str, str, str]] = []
@@ -118,22 +117,18 @@ def render_manifest(parameters: RenderParameters) -> Any:
             if unflushed >= _FLUSH_ROWS or (unflushed and time.monotonic() - flushed_at > _FLUSH_S):
                 flush()
             try:
-                id, future = finished.get(timeout=_FLUSH_S)
+                future = finished.get(timeout=_FLUSH_S)
                 break
             except queue.Empty:
                 continue
         under_way.discard(future)
-        row = _awaited(id, future)
+        row = _awaited(future)
         counts[row["status"]] += 1
         unflushed += 1
         if row["status"] == "failed" and len(failures) < _TOLD_ROWS:
             failures.append((row["id"], row["stage"], row["message"]))
 
-    def stop_at_step(event: events.Event) -> None:
-        if stopping.is_set() and event.kind == "step":
-            raise KeyboardInterrupt  # in the row's thread: no error of the row, the next run does it
-
-    with opening(settings), events.listening(stop_at_step):
+    with opening(settings):
         try:
             items = plan(parameters.manifest, parameters.out, defaults=parameters.defaults, verify=parameters.verify)
             ahead = list(islice(items, _LOOK_AHEAD))
@@ -148,18 +143,16 @@ def render_manifest(parameters: RenderParameters) -> Any:
                 planned += 1
                 id = item.row.id if isinstance(item, Job) else item.id
                 future = render_row.submit(id, quote(item), quote(settings), quote(call))
-                future.add_done_callback(lambda ended, id=id: finished.put((id, ended)))  # type: ignore[misc]
+                future.add_done_callback(finished.put)
                 under_way.add(future)
             if len(ahead) == _LOOK_AHEAD:
                 events.emit(events.Event("planned", total=planned, done=counts["done"]))
             while under_way:
                 collect()
         except BaseException:
-            stopping.set()  # rows under way end before their next step or stage
+            settings.stopping.set()  # rows under way end before their next step, frame or stage
             wait(list(under_way), timeout=_STOP_S)
             raise
-        finally:
-            flush()
 
     message = _message(counts)
     _publish(parameters, counts, failures)
@@ -175,7 +168,7 @@ def render_row(row: str, item: Any, settings: Any, call: Any) -> Any:
     done = record_unready(item, settings) if isinstance(item, Unready) else render(item, settings, call)
     if done is None:  # another run was faster
         return Completed(message="skipped", data=_outcome(row, "skipped"))
-    outcome = _outcome(row, done.status, done.error_stage or "", done.error_message or "")
+    outcome = _outcome(row, done.status, done.error_stage or "", done.error_message or "", done.error_class or "")
     if done.status == "failed":
         return Failed(message=f"{done.error_stage}: {done.error_message}", data=outcome)
     return Completed(message=done.status, data=outcome)
@@ -187,7 +180,7 @@ def render_stage(row: str, stage: str, work: Any) -> None:
     work.run(stage)
 
 
-def _stage_caller(retries: StageRetries, stopping: Event) -> Callable[[Render, str], None]:
+def _stage_caller(retries: StageRetries) -> Callable[[Render, str], None]:
     """What `render` calls for each stage: a Prefect task with the stage's own retry rule."""
     stages = {
         stage: render_stage.with_options(
@@ -201,16 +194,18 @@ def _stage_caller(retries: StageRetries, stopping: Event) -> Callable[[Render, s
     }
 
     def call(work: Render, stage: str) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
+        work.settings.check_stopping()
         stages[stage](work.job.row.id, stage, quote(work))
 
     return call
 
 
 def can_mend(task: "Task[Any, Any]", run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's question before it tries again: is the error one that may be gone next time?"""
-    return isinstance(state.data, T2VZError) and state.data.retryable
+    """Prefect's question before it tries again: is the error one that may be gone next time?
+
+    A lost device may, but not in the process that lost it.
+    """
+    return isinstance(state.data, T2VZError) and state.data.retryable and not isinstance(state.data, DeviceLost)
 
 
 def hide_tracebacks() -> None:
@@ -226,17 +221,19 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def _outcome(id: str, status: str, stage: str = "", message: str = "") -> dict[str, str]:
-    return {"id": id, "status": status, "stage": stage, "message": message}
+def _outcome(id: str, status: str, stage: str = "", message: str = "", error: str = "") -> dict[str, str]:
+    return {"id": id, "status": status, "stage": stage, "message": message, "error": error}
 
 
-def _awaited(id: str, future: "PrefectFuture[Any]") -> dict[str, str]:
-    """The outcome of an ended row; a task run that crashed counts as a failed row."""
+def _awaited(future: "PrefectFuture[Any]") -> dict[str, str]:
+    """The outcome of an ended row. Raises what no other row could do without: its result could not be kept, or the
+    device is lost, and this process's hold on it with it."""
     result = future.result(raise_on_failure=False)
-    if isinstance(result, dict):
-        return result
-    error = result if isinstance(result, T2VZError) else UnexpectedError(str(future.state.message or result))
-    return _outcome(id, "failed", error.stage, error.message)
+    if not isinstance(result, dict):
+        raise result if isinstance(result, T2VZError) else UnexpectedError(str(future.state.message or result))
+    if result["error"] == DeviceLost.__name__:
+        raise DeviceLost(f"{result['message']}; run again: finished rows are kept")
+    return result
 
 
 def _tell_plan(items: Iterable[Job | Unready | Done]) -> None:

@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL
 from t2vz.errors import UnexpectedError
 
 _START_TIMEOUT_S = 180  # 10 to 20 s on two busy cores
+_CHECK_TIMEOUT_S = 10
 _DRAIN_TIMEOUT_S = 10
 _STOP_TIMEOUT_S = 20
 
@@ -35,6 +36,7 @@ def api() -> Iterator[str]:
     UnexpectedError if it does not start.
     """
     if url := PREFECT_API_URL.value():
+        _check_answers(url)
         yield url
         return
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
@@ -70,13 +72,28 @@ def api() -> Iterator[str]:
             server.wait()
 
 
+def _check_answers(url: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=_CHECK_TIMEOUT_S):
+            return
+    except urllib.error.HTTPError:
+        return  # it is there; what it wants to know, Prefect tells it
+    except (OSError, ValueError) as error:
+        raise UnexpectedError(
+            f"the Prefect server at {url} does not answer ({error}); start it, or unset PREFECT_API_URL",
+            stage="prefect",
+        ) from error
+
+
 def _await(server: "subprocess.Popen[bytes]", url: str) -> None:
     """Return when it answers. The request waits in the listening socket's queue until then."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=_START_TIMEOUT_S):
+        # Not through the proxy that the environment may name: this machine is meant.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"{url}/health", timeout=_START_TIMEOUT_S):
             return
     except (OSError, urllib.error.URLError) as error:
-        how = "ended" if server.poll() is not None else f"does not answer within {_START_TIMEOUT_S} s"
+        how = "ended" if server.poll() is not None else "does not answer"
         raise UnexpectedError(
             f"Prefect's temporary server {how} ({error}); try `prefect server start` and set PREFECT_API_URL",
             stage="prefect",

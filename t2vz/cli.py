@@ -6,11 +6,14 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -211,6 +214,12 @@ def _run_flow(console: Console, quiet: bool, **parameters: Any) -> dict[str, Any
     """Run the flow in this process; its counts by status, and `run_id`. Raises what made it fail as a whole."""
     for name, value in _PREFECT_SETTINGS.items():
         os.environ.setdefault(name, value)
+    for name in ("NO_PROXY", "no_proxy"):  # the run's own server is on this machine
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
+    if "PREFECT_HOME" not in os.environ and not _can_be_written(Path("~/.prefect")):
+        os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="t2vz-prefect-")
+    if os.environ.get("T2VZ_DEBUG") != "1":
+        warnings.simplefilter("ignore")  # of libraries, to their developers
     if not quiet:
         console.print("starting …", highlight=False)
     from t2vz.terminal import following, quiet_logs
@@ -223,6 +232,15 @@ def _run_flow(console: Console, quiet: bool, **parameters: Any) -> dict[str, Any
     if isinstance(summary, BaseException):
         raise summary
     return summary
+
+
+def _can_be_written(folder: Path) -> bool:
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return False
 
 
 @contextmanager

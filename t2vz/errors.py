@@ -167,11 +167,20 @@ def translate(error: BaseException, stage: str, subject: str = "") -> T2VZError:
     if isinstance(error, MemoryError):
         return GenerationError(f"{about}out of host memory; lower the size or the frame count", stage=stage)
     name = type(error).__name__
-    if name in ("OutOfMemoryError",):  # torch's, named so that torch need not be imported here
+    if is_out_of_memory(error):
         return OutOfDeviceMemory(f"{about}out of device memory: {_one_line(error)}", stage=stage)
-    if name in ("AcceleratorError",) or "CUDA error" in str(error):
+    if name == "AcceleratorError" or "CUDA error" in str(error):
         return DeviceLost(f"{about}device lost: {_one_line(error)}", stage=stage)
     return UnexpectedError(f"{about}{name}: {_one_line(error)}", stage=stage)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for torch's error of that name and for the clothes that cuBLAS, cuDNN and the CPU's allocator put it in."""
+    text = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("out of memory", "alloc_failed", "can't allocate memory"))
+    )
 
 
 @contextmanager

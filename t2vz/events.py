@@ -1,7 +1,6 @@
 """What happens during a run, told to whoever listens in this process: the terminal's progress, a log.
 
-A listener must be quick: it is called in the thread that works. It raises nothing, but for KeyboardInterrupt to
-stop that thread's row, which then gets no result.
+A listener must not raise and must be quick: it is called in the thread that works.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from .errors import OutputError, T2VZError, translate, translating
 from .events import Event, emit
 from .media.limits import Limits
 from .models import table
-from .plan import TEXT_FRAMES, Job, Unready
+from .plan import TEXT_FRAMES, Job, Unready, is_there
 from .results import ResultRow, ResultStore
 from .spec import JobSpec, canonical, evaluations, t0_t1
 
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
     from .models.loading import Components
     from .modes import Generated, Request
 
+_log = logging.getLogger(__name__)
+
+SNAPSHOT_KEPT_S = 30 * 24 * 3600
+COMMIT_TRIES = 5
+
 STAGES = ("decode", "conditions", "generate", "encode")
+# Their models would compete for the device, and loading one changes torch's default dtype for the whole process.
+DEVICE_STAGES = ("conditions", "generate")
 TEXT_FPS = Fraction(4)  # the paper's demo; text mode has no source to take a rate from
 
 
@@ -46,6 +54,7 @@ class Settings:
 
     out: the output folder. manifest: where the rows come from, for the results. device: "auto", "cpu", "cuda:0", …
     snapshot_s: seconds of denoising after which its state is saved, for a later run to go on from.
+    stopping: once set, rows under way end at their next frame or step, without a result: the next run does them.
     """
 
     out: Path
@@ -54,6 +63,11 @@ class Settings:
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
     snapshot_s: float = 30.0
+    stopping: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+
+    def check_stopping(self) -> None:
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
 
     @property
     def workspace(self) -> Path:
@@ -66,7 +80,8 @@ class Settings:
 
 @contextmanager
 def opening(settings: Settings) -> Iterator[None]:
-    """The output folder made ready for a run; leftovers of runs that were killed are removed.
+    """The output folder made ready for a run; leftovers of runs that were killed are removed or, if they are
+    results, merged into the table, as are this run's in the end.
 
     Every run holds a lock on a file of its own, which the system releases when its process ends, however it
     ends: so a run that is still alive is told from a dead one. Raises OutputError.
@@ -75,8 +90,11 @@ def opening(settings: Settings) -> Iterator[None]:
     with translating("encode", str(settings.out)):
         if settings.out.exists() and not settings.out.is_dir():
             raise OutputError(f"{settings.out}: not a folder; choose another output folder")
-        work.mkdir(parents=True, exist_ok=True)
-        (settings.out / "videos").mkdir(exist_ok=True)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            (settings.out / "videos").mkdir(exist_ok=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise OutputError(f"{settings.out}: can't be made a folder; choose another output folder") from error
         with _locked(work / "sweep.lock", wait=True):
             for lock in work.glob("*.run"):
                 with suppress(BlockingIOError), _locked(lock, wait=False):
@@ -85,12 +103,31 @@ def opening(settings: Settings) -> Iterator[None]:
             own = os.open(work / f"{settings.run_id}.run", os.O_CREAT | os.O_RDWR, 0o644)
             fcntl.flock(own, fcntl.LOCK_EX)
             settings.workspace.mkdir(exist_ok=True)
+            _sweep_snapshots(work / "snapshots")
     try:
+        _merge_results(settings)
         yield
     finally:
+        _merge_results(settings)
         shutil.rmtree(settings.workspace, ignore_errors=True)
         (work / f"{settings.run_id}.run").unlink(missing_ok=True)
         os.close(own)
+
+
+def _merge_results(settings: Settings) -> None:
+    try:
+        settings.store().flush()
+    except T2VZError as error:
+        if not error.retryable:
+            raise
+        _log.warning("the results wait to be merged into the table: %s", error)
+
+
+def _sweep_snapshots(folder: Path) -> None:
+    """Remove those that no run came back for: their rows were changed or given up."""
+    for snapshot in folder.glob("*.pt"):
+        if time.time() - snapshot.stat().st_mtime > SNAPSHOT_KEPT_S:
+            snapshot.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -142,12 +179,15 @@ class Render:
         """Do a stage once. Raises T2VZError."""
         self.attempts[stage] = self.attempts.get(stage, 0) + 1
         emit(Event("stage", self.job.row.id, stage))
+        self.settings.check_stopping()
         start = time.monotonic()
         subject = self.spec.source or self.spec.condition_video or ""
         with translating(stage, subject if stage in ("decode", "conditions") else ""):
             self.workspace.mkdir(parents=True, exist_ok=True)
             getattr(self, f"_{stage}")()
         self.seconds[stage] = time.monotonic() - start
+        if stage == "generate":  # which loads the model first, and that is told apart
+            self.seconds["generate"] -= self.seconds["model"]
 
     def _decode(self) -> None:
         from .conditions import fit_condition
@@ -205,6 +245,7 @@ class Render:
         total = evaluations(spec, frames)
 
         def on_step(count: int) -> None:
+            self.settings.check_stopping()
             self._steps_done = min(self._steps_done + count, total)  # a resumed text row does its anchor again
             emit(Event("step", self.job.row.id, "generate", self._steps_done, total))
 
@@ -256,10 +297,13 @@ class Render:
 
         if time.monotonic() < self._snapshot_due:
             return
-        self._snapshot_path.parent.mkdir(exist_ok=True)
         draft = self.workspace / "snapshot.pt"
-        torch.save(vars(take()), draft)
-        draft.replace(self._snapshot_path)
+        try:
+            self._snapshot_path.parent.mkdir(exist_ok=True)
+            torch.save(vars(take()), draft)
+            draft.replace(self._snapshot_path)
+        except (OSError, RuntimeError) as error:  # a full disk, which torch may word as its own error
+            self._warn(f"the state could not be saved for resuming ({error})")
         self._snapshot_due = time.monotonic() + self.settings.snapshot_s
 
     def forget_snapshot(self) -> None:
@@ -274,7 +318,7 @@ class Render:
         spec, clip, latents = self.spec, self.clip, self.generated.latents
         cell = self.components.cell_px
         encoded = encode(
-            vae.decode(self.components.vae, latents),
+            self._unless_stopping(vae.decode(self.components.vae, latents)),
             self.workspace / f"video-{self.attempts['encode']}",
             width=latents.shape[-1] * cell,
             height=latents.shape[-2] * cell,
@@ -287,6 +331,11 @@ class Render:
         suffix = "" if spec.format == "png" else f".{spec.format}"
         name = f"{file_name(self.job.row.id)}-{encoded.sha256[:12]}{suffix}"
         self.encoded = publish(encoded, self.settings.out / "videos" / name)
+
+    def _unless_stopping(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+        for batch in batches:
+            self.settings.check_stopping()
+            yield batch
 
     def _warn(self, *warnings: str) -> None:
         for warning in warnings:
@@ -392,10 +441,12 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
     """Render one job and commit its result row: ok, or failed with stage and reason. Errors become rows.
 
     call: runs a stage; a flow gives its own, which makes each stage a task with retries.
-    Returns the row, or None if another run finished the job meanwhile.
+    Returns the row, or None if another run finished the job meanwhile. Raises ResultsError, OutputError or
+    StorageTimeout if the result can't be kept, and KeyboardInterrupt when the run is stopping.
     """
     store = settings.store()
-    if store.is_done(job.job_id):
+    finished = store.is_done(job.job_id)
+    if finished is not None and is_there(settings.out, finished):
         emit(Event("row_finished", job.row.id, status="done"))
         return None
     work = Render(job, settings)
@@ -403,18 +454,34 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
     try:
         try:
             for stage in work.stages:
-                with lease(settings.device) if stage == "generate" else nullcontext():
+                with lease(settings.device) if stage in DEVICE_STAGES else nullcontext():
                     call(work, stage)
             row = work.row()
         except Exception as error:
+            settings.check_stopping()  # what fails then may have failed of that
             row = work.row(translate(error, "unknown"))
-        store.commit(row)
-        if not row.retryable:
+        kept = _commit(store, row)
+        if row.status == "ok":
             work.forget_snapshot()
     finally:
         shutil.rmtree(work.workspace, ignore_errors=True)
+    if not kept:
+        emit(Event("row_finished", job.row.id, status="done"))
+        return None
     emit(Event("row_finished", job.row.id, status=row.status, message=row.error_message or row.output_uri or ""))
     return row
+
+
+def _commit(store: ResultStore, row: ResultRow) -> bool:
+    """`store.commit`, tried again while the error is one that may mend: the work behind a row is worth waiting for."""
+    for attempt in range(1, COMMIT_TRIES + 1):
+        try:
+            return store.commit(row)
+        except T2VZError as error:
+            if not error.retryable or attempt == COMMIT_TRIES:
+                raise
+            time.sleep(2.0**attempt / 4)
+    raise AssertionError("not reached")
 
 
 def record_unready(unready: Unready, settings: Settings) -> ResultRow:
@@ -424,7 +491,7 @@ def record_unready(unready: Unready, settings: Settings) -> ResultRow:
     if unready.spec is not None:
         row |= {"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model}
     result = ResultRow(**row, **_failure(unready.error), attempts=0)
-    settings.store().commit(result)
+    _commit(settings.store(), result)
     emit(Event("row_finished", unready.id, status="failed", message=unready.error.message))
     return result
 

@@ -255,14 +255,15 @@ class ResultStore:
                     found.update((job, Finished(*output)) for job, *output in zip(*values, strict=True))
         for row in waiting:
             if row.status == "ok":
-                found[row.job_id] = Finished(*(getattr(row, name) for name in Finished._fields))
+                found[row.job_id] = _finished(row)
         return found
 
-    def is_done(self, job_id: str) -> bool:
-        """True if an ok record of the job waits: a cheap look for what another run has just finished."""
+    def is_done(self, job_id: str) -> Finished | None:
+        """The job's output if an ok record of it waits: a cheap look for what another run has just finished."""
         with _storage(self.out):
             body = self._body(_ok_key(job_id)) if self.out.is_dir() else None
-            return body is not None and self._parsed(_ok_key(job_id), body) is not None
+            row = None if body is None else self._parsed(_ok_key(job_id), body)
+        return None if row is None else _finished(row)
 
     def arrow(self) -> pa.Table:
         """A row for every job: the table's and the waiting ones. Raises ResultsError if there are none."""
@@ -453,15 +454,16 @@ class Results:
 def read(out: str | Path, *, all: bool = False) -> Results:
     """The results in an output folder; creates nothing.
 
-    For each manifest row `id` the row that finished last, in the order of finishing; with `all` also those
-    of earlier versions of the row. Raises ResultsError if the folder has no results.
+    For each row of each manifest, known by its path and the row's `id`, the result that finished last, in the
+    order of finishing; with `all` also those of earlier versions of the row. Raises ResultsError if the folder
+    has no results.
     """
     import pyarrow as pa
 
     table = ResultStore(out).arrow().sort_by("finished_at")
     if not all:
-        places = pa.table({"id": table["id"], "place": range(table.num_rows)})
-        last = places.group_by("id").aggregate([("place", "max")])["place_max"]
+        places = pa.table({"manifest": table["manifest"], "id": table["id"], "place": range(table.num_rows)})
+        last = places.group_by(["manifest", "id"]).aggregate([("place", "max")])["place_max"]
         table = table.take(last.combine_chunks().sort())
     return Results(table)
 
@@ -480,6 +482,8 @@ def export(
     In CSV, lists (warnings, controlnets, loras) are JSON texts. Raises ResultsError, OutputError.
     """
     path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: there is no such folder to write to; make it first", stage="results")
     write = {".csv": _write_csv, ".parquet": _write_parquet, ".json": _write_json}.get(path.suffix.lower())
     if write is None:
         raise ResultsError(f"{path}: name a file that ends in .csv, .parquet or .json")
@@ -515,6 +519,10 @@ def _write_parquet(table: pa.Table, path: Path) -> None:
 def _write_json(table: pa.Table, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(table.to_pylist(), file, ensure_ascii=False, indent=1, default=datetime.isoformat)
+
+
+def _finished(row: ResultRow) -> Finished:
+    return Finished(*(getattr(row, name) for name in Finished._fields))
 
 
 def _ok_key(job_id: str) -> str:

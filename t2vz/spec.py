@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -38,10 +39,10 @@ def _rational(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)  # a manifest of a million rows has few rates, and Fraction is slow
 def _rate(text: str) -> Fraction:
-    try:
-        rate = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise PydanticCustomError("rate", "not a rate: write 24, 23.976 or 30000/1001") from None
+    # Not all that Fraction reads: 1e9999999 would keep it busy for hours.
+    if not re.fullmatch(r"\d{1,9}(\.\d{0,18})?|\.\d{1,18}|\d{1,9}/\d{1,9}", text) or re.search(r"/0+$", text):
+        raise PydanticCustomError("rate", "not a rate: write 24, 23.976 or 30000/1001")
+    rate = Fraction(text)
     ntsc = Fraction(round(rate * 1001 / 1000) * 1000, 1001)
     if rate.denominator != 1 and abs(rate - ntsc) < Fraction(1, 1000):
         rate = ntsc
@@ -130,17 +131,27 @@ class JobSpec(BaseModel):
     video_length: int | None = _column(
         None, "number of frames; 8 in text mode, else all of the range", unit="frames", ge=1, le=100_000
     )
-    num_inference_steps: int = _column(50, "denoising steps", ge=1, le=1000)
+    num_inference_steps: int = _column(50, "denoising steps", ge=1, le=999)
     guidance_scale: float = _column(7.5, "weight of the prompt; 1 or less switches guidance off", ge=0, le=100)
     image_guidance_scale: float = _column(
         1.5, "weight of the source frame; below 1 switches guidance off", modes="edit", ge=0, le=100
     )
     scheduler: SchedulerName | None = _column(None, "sampler; ddim, in edit mode euler_a")
     motion_field_strength_x: float = _column(
-        12.0, "motion to the left a frame, at 512 px of width", unit="px", modes="text", ge=-512, le=512
+        12.0,
+        "motion to the left a frame, where the shorter side has 512 px",
+        unit="px",
+        modes="text",
+        ge=-512,
+        le=512,
     )
     motion_field_strength_y: float = _column(
-        12.0, "motion upwards a frame, at 512 px of height", unit="px", modes="text", ge=-512, le=512
+        12.0,
+        "motion upwards a frame, where the shorter side has 512 px",
+        unit="px",
+        modes="text",
+        ge=-512,
+        le=512,
     )
     t0: int | None = _column(
         None,
@@ -240,6 +251,8 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("prompt", "is empty"))
     if "\0" in spec.prompt or "\0" in spec.negative_prompt:
         bad.append(("prompt", "contains a NUL character"))
+    if spec.scheduler == "lcm" and spec.num_inference_steps > 50:
+        bad.append(("num_inference_steps", "must be at most 50 with lcm, which was distilled from 50"))
     if spec.end_s is not None and spec.end_s <= spec.start_s:
         bad.append(("end_s", f"must be after start_s ({spec.start_s:g})"))
     if mode == "text":
@@ -332,22 +345,31 @@ def canonical(spec: JobSpec) -> dict[str, Any]:
     return out
 
 
+# How the frames are written, not which they are.
+ENCODING_COLUMNS = frozenset(("format", "codec", "crf", "preset", "pix_fmt", "audio"))
+
+
 def job_id(spec: JobSpec, model_revision: str, source_fingerprint: str | None) -> str:
     """Identity of the work: 32 hex digits, the same for the same row, model and source wherever they lie.
 
     model_revision: what identifies the weights (commit, or fingerprint of the files), ControlNets included.
     source_fingerprint: of `source` or `condition_video`; None in text mode.
     """
-    identity = {
-        "engine": ENGINE_VERSION,
-        "spec": canonical(spec),
-        "model": model_revision,
-        "source": source_fingerprint,
-    }
+    return _identity(canonical(spec), model_revision, source_fingerprint)
+
+
+def seed_of(spec: JobSpec, model_revision: str, source_fingerprint: str | None) -> int:
+    """The row's seed, or one drawn from what it asks for: arbitrary, yet the same for every try and rerun.
+
+    Rows that differ in their id get different seeds; how the frames are written doesn't matter.
+    """
+    if spec.seed is not None:
+        return spec.seed
+    asked = {name: value for name, value in canonical(spec).items() if name not in ENCODING_COLUMNS}
+    return int(_identity(asked, model_revision, source_fingerprint)[:15], 16)
+
+
+def _identity(columns: dict[str, Any], model_revision: str, source_fingerprint: str | None) -> str:
+    identity = {"engine": ENGINE_VERSION, "spec": columns, "model": model_revision, "source": source_fingerprint}
     text = json.dumps(identity, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def seed_of(spec: JobSpec, job: str) -> int:
-    """The row's seed, or one drawn from the job's id: arbitrary, yet the same for every try and rerun."""
-    return spec.seed if spec.seed is not None else int(job[:15], 16)
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()

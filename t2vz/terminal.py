@@ -36,13 +36,16 @@ def quiet_logs(console: Console) -> Iterator[None]:
     """Log warnings and errors through `console`, so that they appear above the bars, and nothing else.
 
     Prefect's errors about flow and task runs are left out: they say again what the row's line says. They
-    still go to its server.
+    still go to its server. So are its workers' words while they send the last of that.
     """
     from rich.logging import RichHandler
 
     handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     handler.addFilter(
-        lambda record: record.levelno < logging.ERROR or record.name not in ("prefect.flow_runs", "prefect.task_runs")
+        lambda record: (
+            record.name not in ("EventsWorker", "APILogWorker")
+            and (record.levelno < logging.ERROR or record.name not in ("prefect.flow_runs", "prefect.task_runs"))
+        )
     )
     root = logging.getLogger()
     before = root.handlers[:]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from t2vz.events import Event, listening
 from t2vz.plan import Job, plan
 from t2vz.render import Settings, file_name, opening, render
-from t2vz.results import ResultRow
+from t2vz.results import ResultRow, ResultStore
 
 
 @pytest.fixture
@@ -50,6 +52,49 @@ def test_a_stopped_row_is_resumed_and_ends_in_the_same_file(job, tmp_path):
     assert straight.unet_evaluations == job.unet_evaluations
     assert resumed.unet_evaluations < straight.unet_evaluations
     assert not list(snapshots.iterdir())
+
+
+def test_a_video_that_vanished_is_rendered_again_though_its_record_still_waits(job, tmp_path):
+    settings = Settings(tmp_path / "out", "m", "run-1")
+    (settings.workspace).mkdir(parents=True)  # as a killed run leaves it: nothing merged
+    first = render(job, settings)
+    assert render(job, settings) is None
+    (settings.out / first.output_uri).unlink()
+    again = render(job, replace(settings, run_id="run-2"))
+    assert again.output_sha256 == first.output_sha256
+    assert (settings.out / again.output_uri).is_file()
+
+
+def test_a_run_that_stops_leaves_no_result_of_a_row_in_the_middle(job, tmp_path):
+    settings = Settings(tmp_path / "out", "m", "run")
+
+    def stop(event: Event) -> None:
+        if event.kind == "stage" and event.stage == "encode":
+            settings.stopping.set()
+            shutil.rmtree(settings.workspace)
+
+    with opening(settings):
+        with pytest.raises(KeyboardInterrupt), listening(stop):
+            render(job, settings)
+        assert not settings.store().done()
+    assert not list((settings.out / "records").glob("*.json"))
+
+
+def test_a_result_that_storage_does_not_take_at_once_is_tried_again(job, tmp_path, monkeypatch):
+    from t2vz.errors import StorageTimeout
+
+    commit, tries = ResultStore.commit, []
+
+    def slow(store, row):
+        tries.append(row)
+        if len(tries) < 3:
+            raise StorageTimeout("no answer")
+        return commit(store, row)
+
+    monkeypatch.setattr(ResultStore, "commit", slow)
+    monkeypatch.setattr("t2vz.render.time.sleep", lambda seconds: None)
+    assert rendered(job, Settings(tmp_path / "out", "m", "run")).status == "ok"
+    assert len(tries) == 3
 
 
 def test_a_damaged_snapshot_costs_the_time_it_would_have_saved_and_no_more(job, tmp_path):

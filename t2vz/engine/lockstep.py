@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import InvalidFrames, OutOfDeviceMemory
+from ..errors import InvalidFrames, OutOfDeviceMemory, is_out_of_memory
 from . import noise, schedule
 from .attention import AnchorState
 from .guidance import Guide
@@ -128,7 +128,7 @@ def denoise(
     seed: keys the noise of stochastic samplers.
     on_step: called with the number of evaluations since its last call, after each chunk.
     start: a snapshot of this same denoising to go on from, instead of `latents`.
-    on_snapshot: called after each step but the last with a function that takes a snapshot.
+    on_snapshot: called after each step with a function that takes a snapshot.
     Returns the latents after the last step. When device memory runs out, the chunk is halved and done again.
     Raises OutOfDeviceMemory if one frame alone is too much, InvalidFrames on NaN or infinity.
     """
@@ -145,8 +145,7 @@ def denoise(
         # One look a step costs a synchronisation, and saves hours of denoising nothing.
         if not torch.isfinite(latents).all():
             raise InvalidFrames(f"NaN or infinite latents at step {step + 1}; try dtype=float32 or bfloat16")
-        if step + 1 < steps.stop:
-            on_snapshot(partial(_snapshot, step + 1, latents, scheduler))
+        on_snapshot(partial(_snapshot, step + 1, latents, scheduler))
     return latents
 
 
@@ -160,13 +159,18 @@ def _predict(denoiser: Denoiser, x: Tensor, t: Tensor, chunk_size: int, on_step:
     start = 0
     while start < len(x):
         frames = slice(start, min(start + chunk_size, len(x)))
+        fits = True
         try:
             prediction[frames] = denoiser(x[frames], t, frames)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        if not fits:  # only here are the failed call's tensors gone: the exception held them
             if chunk_size == 1:
                 raise OutOfDeviceMemory(
                     "one frame alone does not fit into device memory; lower width and height, or use dtype=float16"
-                ) from None
+                )
             chunk_size = max(1, min(chunk_size, len(x)) // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -25,4 +25,7 @@ def generator(seed: int, purpose: Purpose, frame: int, step: int = 0) -> torch.G
 
 def draw(seed: int, purpose: Purpose, frames: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Tensor:
     """Standard normal noise, one independent draw a frame: float32 (len(frames), *shape) on the CPU."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, purpose, frame, step)) for frame in frames])
+    # The dtype is said: torch's default may be another for a moment, while a half-precision model is loaded.
+    return torch.stack(
+        [torch.randn(shape, generator=generator(seed, purpose, frame, step), dtype=torch.float32) for frame in frames]
+    )

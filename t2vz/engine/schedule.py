@@ -9,26 +9,30 @@ from torch import Tensor
 
 from ..errors import GenerationError
 
+# Clipping is for pixels; it would cut latents at ±1. These classes do it unless told not to.
+_NO_CLIPPING = {"clip_sample": False, "thresholding": False}
+
 # name → (diffusers class, settings beside the model's own, latents are kept as x₀ + σ·ε instead of √ᾱ·x₀ + √(1−ᾱ)·ε)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "ddim": ("DDIMScheduler", {}, False),
+    "ddim": ("DDIMScheduler", _NO_CLIPPING, False),
     "euler": ("EulerDiscreteScheduler", {}, True),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}, True),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}, False),
     "unipc": ("UniPCMultistepScheduler", {}, False),
-    "lcm": ("LCMScheduler", {}, False),
+    "lcm": ("LCMScheduler", _NO_CLIPPING, False),
 }
 
 
 def make_scheduler(name: str, config: dict[str, Any], steps: int, first: int = 0) -> Any:
     """A fresh diffusers scheduler of `steps` steps, ready for step number `first`.
 
-    config: the model's scheduler configuration (its noise schedule and prediction type are kept).
+    config: the model's scheduler configuration, of whatever class (its noise schedule and prediction type are
+        kept). Stable Diffusion's timesteps are offset by one, which configurations of some classes do not say.
     """
     import diffusers
 
     class_name, settings, _ = SCHEDULERS[name]
-    scheduler = getattr(diffusers, class_name).from_config(config, **settings)
+    scheduler = getattr(diffusers, class_name).from_config({"steps_offset": 1, **config}, **settings)
     trained = scheduler.config.num_train_timesteps
     # One spare: many configurations offset the timesteps by one, and the noisiest would not exist.
     if steps >= trained:

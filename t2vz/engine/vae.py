@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InvalidFrames
+from ..errors import InvalidFrames, is_out_of_memory
 
 # Frames that the VAE takes at once. Not the row's chunk size: batches of another size round differently.
 BATCH = 2
@@ -28,7 +28,7 @@ def encode(vae: Any, frames: NDArray[np.uint8]) -> Tensor:
     for start in range(0, len(frames), BATCH):
         batch = torch.from_numpy(np.ascontiguousarray(frames[start : start + BATCH])).to(vae.device)
         picture = batch.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-        out.append(_finite(vae, picture, lambda x: vae.encode(x).latent_dist.mode()))
+        out.append(_computed(vae, picture, lambda x: vae.encode(x).latent_dist.mode()))
     return torch.cat(out)
 
 
@@ -37,9 +37,19 @@ def decode(vae: Any, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
     """Latents as the UNet makes them, float32 (F, C, h, w) → batches of uint8 (f, H, W, 3), RGB, in order."""
     for batch in latents.split(BATCH):
         z = batch.to(vae.device) / vae.config.scaling_factor
-        picture = _finite(vae, z, lambda x: vae.decode(x, return_dict=False)[0])
+        picture = _computed(vae, z, lambda x: vae.decode(x, return_dict=False)[0])
         levels = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         yield levels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _computed(vae: Any, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """`_finite` for all of x, or frame by frame if that does not fit into device memory."""
+    try:
+        return _finite(vae, x, compute)
+    except RuntimeError as error:
+        if len(x) == 1 or not is_out_of_memory(error):
+            raise
+    return torch.cat([_finite(vae, frame, compute) for frame in x.split(1)])
 
 
 def _finite(vae: Any, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -83,7 +83,7 @@ def native_px(spec: JobSpec) -> int:
         if spec.base_config is None:
             return 512
         reference = spec.base_config
-    with LOADING, _loading(reference):
+    with _loading(reference):
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
         pinned = _pinned(reference, spec.revision if reference != spec.base_config else None)

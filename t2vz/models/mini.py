@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..errors import ModelError
 from . import LOADING
 from .table import MINI_VERSION
 
@@ -38,8 +39,13 @@ def folder() -> Path:
     with LOADING:
         if target.is_dir():
             return target
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix="mini-", dir=cache))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix="mini-", dir=cache))
+        except OSError as error:
+            raise ModelError(
+                f"model mini: {cache} can't be written ({error.strerror}); let T2VZ_CACHE name a folder that can"
+            ) from error
         try:
             write(draft)
             draft.rename(target)

@@ -1,0 +1,136 @@
+"""JobSpec's rules, and what is in a job's identity and what isn't."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from t2vz.spec import JobSpec, default_t0_t1, evaluations, job_id, seed_of, t0_t1
+
+
+def id_of(**columns: object) -> str:
+    return job_id(JobSpec(**({"id": "a", "prompt": "a ball"} | columns)), "model@1", None)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"chunk_size": 3},
+        {"model": "elsewhere/model", "revision": "main"},
+        {"guidance_scale": 7.5},
+        {"scheduler": "ddim"},
+    ],
+)
+def test_what_does_not_change_the_frames_is_not_in_the_identity(columns):
+    assert id_of(**columns) == id_of()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"id": "b"},
+        {"prompt": "a cat"},
+        {"seed": 1},
+        {"dtype": "float16"},
+        {"scheduler": "euler"},
+        {"num_inference_steps": 49},
+        {"width": 64},
+        {"crf": 20},
+        {"fps": "8"},
+    ],
+)
+def test_what_changes_the_video_is_in_the_identity(columns):
+    assert id_of(**columns) != id_of()
+
+
+def test_model_and_source_are_in_the_identity():
+    spec = JobSpec(prompt="a ball", mode="edit", source="a.mp4")
+    moved = JobSpec(prompt="a ball", mode="edit", source="elsewhere/b.mp4")
+    assert job_id(spec, "m", "s") == job_id(moved, "m", "s")
+    assert len({job_id(spec, "m", "s"), job_id(spec, "m", "t"), job_id(spec, "n", "s")}) == 3
+
+
+def test_a_drawn_seed_depends_on_what_is_asked_and_not_on_how_it_is_written():
+    def seed(**columns: object) -> int:
+        return seed_of(JobSpec(**({"id": "a", "prompt": "a ball"} | columns)), "model@1", None)
+
+    assert seed() == seed(crf=20, format="mp4") == seed(chunk_size=1) == seed(format="gif")
+    assert len({seed(), seed(id="b"), seed(prompt="a cat"), seed(num_inference_steps=49)}) == 4
+    assert seed(seed=5) == 5
+    assert 0 <= seed() < 2**63
+
+
+def test_the_papers_t0_and_t1():
+    assert default_t0_t1(50) == (44, 47)
+    assert evaluations(JobSpec(prompt="x"), 8) == 389
+    assert evaluations(JobSpec(prompt="x"), 1) == 50
+    assert evaluations(JobSpec(prompt="x", mode="edit", source="s"), 7) == 350
+
+
+@given(st.integers(3, 999))
+def test_t0_and_t1_fit_for_every_number_of_steps(steps):
+    t0, t1 = t0_t1(JobSpec(prompt="x", num_inference_steps=steps))
+    assert 0 <= t0 < t1 <= steps - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("24", Fraction(24)),
+        ("23.976", Fraction(24000, 1001)),
+        ("29.97", Fraction(30000, 1001)),
+        ("30000/1001", Fraction(30000, 1001)),
+        ("12.5", Fraction(25, 2)),
+        (".5", Fraction(1, 2)),
+        (8, Fraction(8)),
+        (2.133, Fraction(2133, 1000)),
+    ],
+)
+def test_rates_are_exact(text, rate):
+    assert JobSpec(prompt="x", fps=text).fps == rate
+
+
+@pytest.mark.parametrize("text", ["0", "1001", "-1", "24fps", "1/0", "1e9999999", "nan", "1_0", "", "²"])
+def test_what_is_no_rate_is_refused_at_once(text):
+    with pytest.raises(ValidationError):
+        JobSpec(prompt="x", fps=text)
+
+
+def columns_that_disagree(**columns: object) -> set[str]:
+    with pytest.raises(ValidationError) as caught:
+        JobSpec(**({"prompt": "x"} | columns))
+    (error,) = caught.value.errors()
+    return {column for column, _ in error["ctx"]["problems"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "blamed"),
+    [
+        ({"source": "a.mp4"}, {"source"}),
+        ({"mode": "edit"}, {"source"}),
+        ({"mode": "control"}, {"condition", "source"}),
+        ({"mode": "control", "source": "a", "condition": "edge", "t0": 3}, {"t0"}),
+        ({"mode": "control", "source": "a", "condition": "edge+edge"}, {"condition"}),
+        ({"mode": "control", "source": "a", "condition_video": "b", "condition": "edge"}, {"condition_video"}),
+        ({"mode": "control", "condition_video": "b", "condition": "edge+depth"}, {"condition"}),
+        (
+            {"mode": "control", "source": "a", "condition": "edge", "controlnet_conditioning_scale": "1+2"},
+            {"controlnet_conditioning_scale"},
+        ),
+        ({"mode": "edit", "source": "a", "start_s": 2, "end_s": 1}, {"end_s"}),
+        ({"num_inference_steps": 2}, {"num_inference_steps"}),
+        ({"num_inference_steps": 20, "t1": 47}, {"t1"}),
+        ({"t0": 47, "t1": 47}, {"t0"}),
+        ({"scheduler": "lcm", "num_inference_steps": 60}, {"num_inference_steps"}),
+        ({"format": "webm", "codec": "h264"}, {"codec"}),
+        ({"format": "gif", "crf": 20}, {"crf"}),
+        ({"crf": 60}, {"crf"}),
+        ({"prompt": "  "}, {"prompt"}),
+    ],
+)
+def test_columns_that_do_not_fit_together_are_named(columns, blamed):
+    assert columns_that_disagree(**columns) == blamed
