@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.flows import load_flow_from_entrypoint
 
-from t2vz.errors import SourceCorrupt, StorageTimeout
+from t2vz.errors import DeviceLost, SourceCorrupt, StorageTimeout
 from t2vz.events import Event, listening
 from t2vz.render import Render
 from t2vz.results import ResultRow, read
@@ -177,6 +177,59 @@ def test_in_flight_bounds_the_rows_under_way(manifest: Write, flow_run: Any, mon
         state = flow_run(manifest(*({"id": str(i), "seed": str(i)} for i in range(6))), in_flight=2)
     assert counts(state) == {"ok": 6}
     assert most == 2
+
+
+def test_other_rows_are_decoded_and_encoded_while_one_generates(
+    manifest: Write, flow_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first to generate is held until the other is decoded, the second until the first is encoded."""
+    decoded = {"a": threading.Event(), "b": threading.Event()}
+    encoded = {"a": threading.Event(), "b": threading.Event()}
+    order: list[str] = []
+    generate, decode, encode = Render._generate, Render._decode, Render._encode
+
+    def held(work: Render) -> None:
+        other = "b" if work.job.row.id == "a" else "a"
+        awaited = encoded[order[0]] if order else decoded[other]
+        order.append(work.job.row.id)
+        assert awaited.wait(60)
+        generate(work)
+
+    def told(stage: Callable[[Render], None], done: dict[str, threading.Event]) -> Callable[[Render], None]:
+        def run(work: Render) -> None:
+            stage(work)
+            done[work.job.row.id].set()
+
+        return run
+
+    monkeypatch.setattr(Render, "_generate", held)
+    monkeypatch.setattr(Render, "_decode", told(decode, decoded))
+    monkeypatch.setattr(Render, "_encode", told(encode, encoded))
+    clip = Path(__file__).parents[2] / "manifests" / "clips" / "ball.mp4"
+    edit = {"mode": "edit", "source": str(clip), "seed": "1"}
+    state = flow_run(manifest({"id": "a", **edit}, {"id": "b", **edit}), in_flight=2)
+    assert counts(state) == {"ok": 2}
+
+
+def test_a_lost_device_ends_the_run_and_keeps_what_is_finished(
+    manifest: Write, flow_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, tried = Render._generate, []
+
+    def lose(work: Render) -> None:
+        tried.append(work.job.row.id)
+        if work.job.row.id != "good":
+            raise DeviceLost("the device is gone")
+        generate(work)
+
+    monkeypatch.setattr(Render, "_generate", lose)
+    state = flow_run(manifest(GOOD, *({"id": str(i)} for i in range(6))), in_flight=1)
+    assert state.is_failed()
+    assert "run again" in state.message
+    assert tried == ["good", "0"]  # not tried again in the process that lost it, nor with the other rows
+    rows = rows_of(tmp_path / "out")
+    assert {id: row.status for id, row in rows.items()} == {"good": "ok", "0": "failed"}
+    assert rows["0"].retryable
 
 
 def test_unusable_manifest_fails_the_flow_plainly(
