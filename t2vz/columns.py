@@ -1,6 +1,6 @@
 """The table of manifest columns in manifests/README.md, made from JobSpec so that it can't fall behind.
 
-python -m t2vz.columns manifests/README.md    writes it anew, between its two markers
+python -m t2vz.columns    writes it anew, between its two markers; in the repository's folder
 """
 
 from __future__ import annotations
@@ -66,5 +66,5 @@ def _bounded(meaning: str, constraints: list[Any]) -> str:
 
 
 if __name__ == "__main__":
-    readme = Path(sys.argv[1])
+    readme = Path(sys.argv[1] if len(sys.argv) > 1 else "manifests/README.md")
     readme.write_text(with_table(readme.read_text("utf-8")), "utf-8")

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,7 +88,7 @@ class BadRow:
 
     @property
     def error(self) -> ManifestError:
-        return ManifestError(f"row {self.number} ({self.id}): " + "; ".join(map(str, self.problems)))
+        return ManifestError(f"row {self.number} ({_shortened(self.id)}): " + "; ".join(map(str, self.problems)))
 
 
 def read(path: str | Path, defaults: Mapping[str, str] | None = None) -> Iterator[Row | BadRow]:
@@ -102,14 +103,17 @@ def read(path: str | Path, defaults: Mapping[str, str] | None = None) -> Iterato
     """
     path = Path(path)
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ManifestError(f"{path}: is a folder; name the manifest file in it")
+        if not stat.S_ISREG(mode):  # opening a pipe may wait for ever, and the file is read more than once
+            raise ManifestError(f"{path}: is not a regular file; save the manifest as one")
         with path.open("rb") as file:
             magic = file.read(4)
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: there is no such manifest") from None
-    except IsADirectoryError:
-        raise ManifestError(f"{path}: is a folder; name the manifest file in it") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
+        raise ManifestError(f"{_shortened(str(path), 240)}: there is no such manifest") from None
     except OSError as error:
-        raise ManifestError(f"{path}: can't be read ({error.strerror})") from error
+        raise ManifestError(f"{_shortened(str(path), 240)}: can't be read ({error.strerror})") from error
     if magic == b"PK\x03\x04":
         raise ManifestError(f"{path}: is a spreadsheet or zip file; save it as CSV (UTF-8)")
     header, records = _open_parquet(path) if magic == b"PAR1" else _open_csv(path)
@@ -122,7 +126,7 @@ def read(path: str | Path, defaults: Mapping[str, str] | None = None) -> Iterato
 def _rows(
     path: Path, header: Sequence[str], records: Iterator[_Record], defaults: Mapping[str, str]
 ) -> Iterator[Row | BadRow]:
-    columns = sorted((name, at) for at, name in enumerate(header))  # ids don't depend on the columns' order
+    width = len(header)
     filling = {
         mode: {name: value for name, value in defaults.items() if value and mode in COLUMNS[name]} for mode in _MODES
     }
@@ -131,16 +135,16 @@ def _rows(
     ids = _Ids()
     with translating("manifest", str(path)):
         for number, record in records:
-            if isinstance(record, str) or len(record) != len(header):
-                yield _unreadable(number, record, len(header), ids)
+            if isinstance(record, str) or (len(record) != width and not _is_padded(record, width)):
+                yield _unreadable(number, record, width, ids)
                 continue
-            cells = {name: text for name, at in columns if (text := record[at].strip())}
+            cells = {name: text for name, text in zip(header, map(str.strip, record), strict=False) if text}
             if not cells:
                 continue
             given = cells.get("id", "")
             problems: list[tuple[str, str, str, str]] = []  # column, value, reason, suggestion
             if not given or _CONTROL_CHARACTERS.search(given):
-                id = ids.unique(_digest(cells, 5), number)
+                id = ids.unique(_made_id(cells), number)
                 if given:
                     problems.append(("id", given, "contains a control character", ""))
             elif (first := ids.rows.setdefault(given, number)) != number:
@@ -156,9 +160,14 @@ def _rows(
             except ValidationError as error:
                 problems += _all_explained(error, wanted)
             if problems:
-                yield _bad(number, id, problems, cells)
+                yield _bad(number, id, problems, sorted(cells.items()))
             else:
                 yield Row(number, id, spec)
+
+
+def _is_padded(record: Sequence[str], width: int) -> bool:
+    """True if only empty cells are too many: spreadsheets write delimiters after the last column."""
+    return len(record) > width and not any(map(str.strip, record[width:]))
 
 
 def _bad(number: int, id: str, problems: list[tuple[str, str, str, str]], content: object) -> BadRow:
@@ -166,9 +175,17 @@ def _bad(number: int, id: str, problems: list[tuple[str, str, str, str]], conten
 
 
 def _unreadable(number: int, record: Sequence[str] | str, expected: int, ids: _Ids) -> BadRow:
-    reason = record if isinstance(record, str) else f"has {len(record)} cells where the header has {expected}"
+    if isinstance(record, str):
+        reason = record
+    else:
+        reason = f"has {len(record)} cell{'' if len(record) == 1 else 's'} where the header has {expected}"
     id = ids.unique(_digest(record, 5), number)
     return _bad(number, id, [("", "", reason, "")], record)
+
+
+def _made_id(cells: Mapping[str, str]) -> str:
+    """Of what the row asks for: not of the order of the columns, nor of how much is done at once."""
+    return _digest({name: cells[name] for name in sorted(cells) if name != "chunk_size"}, 5)
 
 
 def _digest(content: object, size_bytes: int) -> str:
@@ -215,7 +232,8 @@ class _Paths:
         """A model is a name or a hub id unless it is written as a path or lies beside the manifest."""
         if name not in self._known:
             path = _absolute(self._folder, name)
-            is_path = name.startswith(("./", "../")) or ("\0" not in name and os.path.exists(path))
+            is_path = name.startswith(("./", "../")) or name.endswith(".safetensors") or os.path.exists(path)
+            is_path &= "\0" not in name and not name.startswith("~")
             self._known[name] = path if is_path else name
         return self._known[name]
 
@@ -253,54 +271,61 @@ def _check_defaults(defaults: Mapping[str, str]) -> None:
 
 
 def _open_csv(path: Path) -> tuple[list[str], Iterator[_Record]]:
-    first = ""
+    first, first_at = "", 0
     with path.open("rb") as file:  # the whole of it: no row is begun if one can't be read
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 raise ManifestError(f"{path}: line {number} is not UTF-8; save it as CSV UTF-8") from None
-            first = first or text.strip("\r\n ")
+            if not first:
+                first, first_at = text.strip("\r\n "), number
     if not first:
         raise ManifestError(f"{path}: is empty; the first line must name the columns")
 
-    delimiter = max(",;\t", key=lambda mark: sum(part.strip(' "') in COLUMNS for part in first.split(mark)))
-    records = _csv_records(path, delimiter)
-    _, header = next(records)
+    if told := re.fullmatch(r'"?sep=(.)"?', first, re.IGNORECASE):  # Excel's own line before the header
+        records = _csv_records(path, told[1], first_at)
+    else:
+        delimiter = max(",;\t", key=lambda mark: sum(part.strip(' "') in COLUMNS for part in first.split(mark)))
+        records = _csv_records(path, delimiter, first_at - 1)
+    header = next(records, [])
     if isinstance(header, str):
         raise ManifestError(f"{path}: the header {header}")
-    return [name.strip() for name in header], _numbered(records)
+    names = [name.strip() for name in header]
+    while len(names) > 1 and not names[-1]:
+        names.pop()
+    return names, ((number, cells) for number, cells in enumerate(records, 1) if cells)
 
 
-def _csv_records(path: Path, delimiter: str) -> Iterator[_Record]:
-    """Header and rows as they come, blank lines before the header passed over."""
+def _csv_records(path: Path, delimiter: str, skipped: int) -> Iterator[Sequence[str] | str]:
+    """Header and rows as they come, blank lines as empty ones; a text says why there are no cells.
+
+    skipped: lines before the header.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
+        for _ in range(skipped):
+            file.readline()
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-        begun = False
-        while True:
-            line = reader.line_num + 1
+        line, ended = 0, False
+        while not ended:
             try:
-                cells: Sequence[str] | str = next(reader)
-            except StopIteration:
-                return
+                for cells in reader:
+                    line = reader.line_num
+                    yield cells
+                ended = True
             except csv.Error as error:  # the reader goes on with the next line
-                cells = _csv_reason(str(error), line)
-            begun = begun or bool(cells)
-            if begun:
-                yield line, cells
+                first, line = line + 1, reader.line_num
+                yield _csv_reason(str(error), skipped + first, skipped + line)
 
 
-def _numbered(records: Iterator[_Record]) -> Iterator[_Record]:
-    for number, (_, cells) in enumerate(records, 1):
-        if cells:
-            yield number, cells
-
-
-def _csv_reason(error: str, line: int) -> str:
+def _csv_reason(error: str, line: int, last_line: int) -> str:
+    swallowed = f"; what is up to line {last_line} was read as a part of it" if last_line > line else ""
     if "expected after" in error:
-        return f'(line {line}) has text after a closing quote; write quotes inside a cell twice ("")'
-    if "field limit" in error or "end of data" in error:
-        return f"(line {line}) opens a quote that is never closed, or has a cell of over 131072 characters"
+        return f'(line {line}) has text after a closing quote; write quotes inside a cell twice (""){swallowed}'
+    if "end of data" in error:
+        return f"(line {line}) opens a quote that is never closed: the rows after it may be inside it"
+    if "field limit" in error:
+        return f"(line {line}) opens a quote that is not closed, or has a cell of over 131072 characters{swallowed}"
     return f"(line {line}) is not CSV: {error}"
 
 
@@ -313,40 +338,60 @@ def _open_parquet(path: Path) -> tuple[list[str], Iterator[_Record]]:
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{path}: is not a readable Parquet file ({_first_line(error)})") from error
     for field in file.schema_arrow:
-        try:
-            _as_text(pa.nulls(0, field.type))
-        except pa.ArrowException:
-            raise ManifestError(f"{path}: column {field.name} holds {field.type}; write it as text") from None
-    return [name.strip() for name in file.schema_arrow.names], _parquet_records(path, file)
+        if not _is_cell(field.type):
+            raise ManifestError(f"{path}: column {_shortened(field.name)} holds {field.type}; write it as text")
+    names = [name.strip() for name in file.schema_arrow.names]
+    return names, _parquet_records(path, file, names)
 
 
-def _parquet_records(path: Path, file: Any) -> Iterator[_Record]:
+def _parquet_records(path: Path, file: Any, names: Sequence[str]) -> Iterator[_Record]:
     import pyarrow as pa
 
     number = 0
     try:
         for batch in file.iter_batches(batch_size=4096):
-            columns = [_as_text(column).to_pylist() for column in batch.columns]
+            columns = [_texts(column) for column in batch.columns]
             for number, cells in enumerate(zip(*columns, strict=True), number + 1):  # noqa: B020
-                yield number, cells
+                if None in cells:
+                    yield number, f"has a list with an empty element in column {names[cells.index(None)]}"
+                else:
+                    yield number, cells
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(
             f"{path}: row {number + 1} or one soon after can't be read ({_first_line(error)})"
         ) from error
 
 
-def _as_text(column: Any) -> Any:
-    """The column as a CSV file would hold it: 512.0 as 512, lists joined by `+`, nulls empty."""
+def _is_cell(type: Any, *, in_list: bool = False) -> bool:
+    """True for text, numbers and true/false, and for lists of them."""
+    from pyarrow import types
+
+    if types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type):
+        return not in_list and _is_cell(type.value_type, in_list=True)
+    if types.is_dictionary(type):
+        return _is_cell(type.value_type, in_list=True)
+    kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_decimal)
+    return any(is_kind(type) for is_kind in (*kinds, types.is_boolean, types.is_null))
+
+
+def _texts(column: Any) -> list[str | None]:
+    """The cells as a CSV file would hold them: 512.0 as 512, lists joined by `+`, nulls empty.
+
+    None for a list with a null in it, which no text can tell.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        column = pc.binary_join(column.cast(pa.list_(pa.string())), "+")
-    elif pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)  # pandas' way to say absent
-    elif pa.types.is_temporal(column.type) or pa.types.is_binary(column.type):
-        raise pa.ArrowTypeError("no cell of a manifest is of this type")
-    return column.cast(pa.string()).fill_null("")
+    if hasattr(column.type, "value_field"):  # a list
+        lists = column.cast(pa.list_(pa.string())).to_pylist()
+        return [None if None in (parts or ()) else "+".join(parts or ()) for parts in lists]
+    text = column.cast(pa.string())
+    if pa.types.is_floating(column.type):
+        wide = column.cast(pa.float64())
+        whole = pc.and_(pc.equal(wide, pc.trunc(wide)), pc.less(pc.abs(wide), 2.0**63))
+        text = pc.if_else(whole, wide.cast(pa.int64(), safe=False).cast(pa.string()), text)  # no 1e+18
+        text = pc.if_else(pc.is_nan(wide), None, text)  # pandas' way to say absent
+    return text.fill_null("").to_pylist()
 
 
 def _explained(error: ValidationError) -> list[tuple[str, str, str, str]]:
@@ -408,8 +453,8 @@ def _meant(name: str, choices: Mapping[str, Any]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "…"
+def _shortened(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "…"
 
 
 def _first_line(error: Exception) -> str:

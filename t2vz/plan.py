@@ -5,6 +5,8 @@ Reads the manifest, the results and the sources' headers; renders and writes not
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,7 +14,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2vz.errors import SourceEmpty, SourceTooLarge, T2VZError, translating
+from t2vz.errors import GenerationError, OutputError, SourceEmpty, SourceTooLarge, T2VZError, translating
 from t2vz.manifest import BadRow, Row, read
 from t2vz.media.limits import Limits
 from t2vz.results import Finished, ResultStore
@@ -106,9 +108,32 @@ def plan(
     Raises ManifestError (the manifest as a whole), ResultsError and OutputError (the output folder). What is
     wrong with a row or its source is an `Unready` among the others.
     """
+    if out is not None:
+        _check_out(out)
     rows = read(manifest, defaults)
     done = {} if out is None else ResultStore(out).done()
     return _planned(rows, Path(out or "."), done, limits, verify)
+
+
+def _check_out(out: str | Path) -> None:
+    """Raise OutputError if `out` is no folder and can't become one. Nothing is made or written."""
+    text = os.fspath(out)
+    if not text.strip() or "\0" in text:
+        raise OutputError("the output folder has no name; give one")
+    name, folder = text if len(text) <= 240 else f"{text[:240]}…", Path(out).absolute()
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OutputError(f"{name}: can't be the output folder ({error.strerror})") from error
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        inside = "" if folder == Path(out).absolute() else f"{folder} is "
+        raise OutputError(f"{name}: {inside}not a folder; choose another output folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{name}: no permission to write in {folder}; choose another output folder")
 
 
 def summarise(planned: Iterable[Job | Unready | Done]) -> Summary:
@@ -136,13 +161,13 @@ def is_there(out: str | Path, finished: Finished, verify: bool = False) -> bool:
     path = Path(out, finished.output_uri)
     with translating("results", str(path)):
         try:
-            stat = path.stat()
+            found = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return False
-        if path.is_file():
-            if stat.st_size != finished.output_bytes:
+        if not stat.S_ISDIR(found.st_mode):
+            if not stat.S_ISREG(found.st_mode) or found.st_size != finished.output_bytes:
                 return False
-            if stat.st_mtime_ns == finished.output_mtime_ns and not verify:
+            if found.st_mtime_ns == finished.output_mtime_ns and not verify:
                 return True
         from t2vz.media.encode import checksum
 
@@ -173,13 +198,11 @@ def _planned(
             if job in done and is_there(out, done[job], verify):
                 yield Done(job, row.id)
                 continue
-            frames = spec.video_length or TEXT_FRAMES
-            if source is not None:
-                frames = _frames(spec, probed(source), limits)
+            frames = _frames(spec, None if source is None else probed(source), limits)
         except T2VZError as error:
             yield Unready(row.number, row.id, job_id(spec, f"unready {spec.model}", source), error, spec)
             continue
-        yield Job(job, row, seed_of(spec, job), revision, content, frames, evaluations(spec, frames))
+        yield Job(job, row, seed_of(spec, revision, content), revision, content, frames, evaluations(spec, frames))
 
 
 def _revisions() -> Callable[[JobSpec], str]:
@@ -204,8 +227,30 @@ def _revisions() -> Callable[[JobSpec], str]:
     return revision_of
 
 
-def _frames(spec: JobSpec, source: Probe, limits: Limits) -> int:
-    """How many frames the row will have: those of its range at its rate, at most video_length."""
+def _frames(spec: JobSpec, source: Probe | None, limits: Limits) -> int:
+    """How many frames the row will have, once all that headers can tell is found to be in order."""
+    from t2vz.media.decode import sized
+    from t2vz.media.encode import check_rate
+
+    if source is None:
+        frames, rate = spec.video_length or TEXT_FRAMES, spec.fps
+        if frames > limits.max_frames:
+            raise GenerationError(f"{frames} frames, the limit is {limits.max_frames}: lower video_length")
+    else:
+        frames, rate = _frames_of(spec, source, limits), spec.fps or source.rate_fps
+        if spec.width is not None or spec.height is not None:  # else the model's size decides
+            sized(source, spec.width, spec.height, None)
+    if rate is not None:
+        check_rate(spec.format, rate)
+    return frames
+
+
+def _frames_of(spec: JobSpec, source: Probe, limits: Limits) -> int:
+    """The frames of the row's range at its rate, at most video_length."""
+    import numpy as np
+
+    from t2vz.conditions import fit_condition
+
     rate, begin_s, end_s = spec.fps or source.rate_fps, source.first_pts_s, source.end_s
     if source.kind == "folder":  # images have no times of their own: the row's rate is theirs
         begin_s, end_s = 0.0, float(source.frames / rate)
@@ -215,6 +260,8 @@ def _frames(spec: JobSpec, source: Probe, limits: Limits) -> int:
     if length_s <= 0:
         raise SourceEmpty(f"{source.path}: lasts until {end_s:g} s; there is no frame after {spec.start_s:g} s")
     frames = max(1, ceil(length_s * float(rate) - 1e-6))
+    if spec.condition_video is not None:
+        fit_condition(np.empty((frames, 0, 0, 3), np.uint8), spec.video_length or frames)  # its refusal
     frames = min(frames, spec.video_length or frames)
     if frames > limits.max_frames:
         raise SourceTooLarge(

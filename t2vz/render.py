@@ -22,20 +22,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .clip import Clip
-from .errors import OutputError, T2VZError, translate, translating
-from .events import Event, emit
-from .media.limits import Limits
-from .models import table
-from .plan import TEXT_FRAMES, Job, Unready, is_there
-from .results import ResultRow, ResultStore
-from .spec import JobSpec, canonical, evaluations, t0_t1
+from t2vz.clip import Clip
+from t2vz.errors import OutputError, T2VZError, translate, translating
+from t2vz.events import Event, emit
+from t2vz.media.limits import Limits
+from t2vz.models import table
+from t2vz.plan import TEXT_FRAMES, Job, Unready, is_there
+from t2vz.results import ResultRow, ResultStore
+from t2vz.spec import JobSpec, canonical, evaluations, t0_t1
 
 if TYPE_CHECKING:
-    from .engine.lockstep import Snapshot
-    from .media.encode import Encoded
-    from .models.loading import Components
-    from .modes import Generated, Request
+    from t2vz.engine.lockstep import Snapshot
+    from t2vz.media.encode import Encoded
+    from t2vz.models.loading import Components
+    from t2vz.modes import Generated, Request
 
 _log = logging.getLogger(__name__)
 
@@ -190,9 +190,9 @@ class Render:
             self.seconds["generate"] -= self.seconds["model"]
 
     def _decode(self) -> None:
-        from .conditions import fit_condition
-        from .media.decode import decode
-        from .models.loading import native_px
+        from t2vz.conditions import fit_condition
+        from t2vz.media.decode import decode
+        from t2vz.models.loading import native_px
 
         spec = self.spec
         sized = spec.width is not None or spec.height is not None
@@ -205,6 +205,7 @@ class Render:
             width=spec.width,
             height=spec.height,
             longest_px=None if sized else native_px(spec),
+            condition_video=spec.condition_video is not None,
             limits=self.settings.limits,
             workspace=self.workspace,
         )
@@ -216,7 +217,7 @@ class Render:
         self.clip = clip
 
     def _conditions(self) -> None:
-        from .conditions import ConditionOptions, extract
+        from t2vz.conditions import ConditionOptions, extract
 
         assert self.clip is not None
         options = ConditionOptions.of(self.spec, device=self._device(), workspace=self.workspace)
@@ -225,8 +226,8 @@ class Render:
         self.conditions = tuple(frames for frames, _ in made)
 
     def _generate(self) -> None:
-        from .models.loading import load, native_px
-        from .modes import Request, generate
+        from t2vz.models.loading import load, native_px
+        from t2vz.modes import Request, generate
 
         spec, clip = self.spec, self.clip
         device = self._device()
@@ -282,7 +283,7 @@ class Render:
     def _saved_snapshot(self) -> Snapshot | None:
         import torch
 
-        from .engine.lockstep import Snapshot
+        from t2vz.engine.lockstep import Snapshot
 
         try:
             return Snapshot(**torch.load(self._snapshot_path, weights_only=True))
@@ -310,8 +311,8 @@ class Render:
         self._snapshot_path.unlink(missing_ok=True)
 
     def _encode(self) -> None:
-        from .engine import vae
-        from .media.encode import Encoding, encode, publish
+        from t2vz.engine import vae
+        from t2vz.media.encode import Encoding, encode, publish
 
         assert self.components is not None
         assert self.generated is not None

@@ -1,6 +1,7 @@
 """Manifests: every cell as written, every problem told, and a million rows no trouble."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_row_numbers_survive_ragged_rows(manifest):
         (5, False),
         (6, True),
     ]
-    assert rows[1].problems[0].reason == "has 1 cells where the header has 2"
+    assert rows[1].problems[0].reason == "has 1 cell where the header has 2"
     assert "line 6" in rows[4].problems[0].reason
     assert len({row.id for row in rows}) == 6
 
@@ -110,6 +111,42 @@ def test_a_quote_that_is_never_closed_is_told_with_its_line(manifest):
     assert "line 3) opens a quote that is never closed" in bad.error.message
 
 
+def test_what_an_unclosed_quote_swallows_is_told(manifest):
+    assert "the rows after it may be inside it" in only_bad(manifest('prompt\n"b\nc\nd\n')).error.message
+    bad, good = read(manifest('prompt\n"b\nc "d"\ne\n'))
+    assert "what is up to line 3 was read as a part of it" in bad.error.message
+    assert (good.number, good.spec.prompt) == (2, "e")
+
+
+def test_delimiters_after_the_last_column(manifest):
+    rows = list(read(manifest("prompt,seed,,\na,1,,\nb,2\nc,3, ,x\nd\n")))
+    assert [(row.number, isinstance(row, Row)) for row in rows] == [(1, True), (2, True), (3, False), (4, False)]
+    assert [row.spec.seed for row in rows[:2]] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["sep=|", '\ufeff"sep=|"', "\nSEP=|"])
+def test_excels_line_before_the_header(manifest, line):
+    rows = list(read(manifest(f'{line}\nprompt|seed\na, b|1\n"c" x|2\n')))
+    assert rows[0].spec.prompt == "a, b"
+    assert f"line {4 + line.count(chr(10))}" in rows[1].error.message
+
+
+def test_parquet_lists_and_whole_numbers(tmp_path):
+    table = pa.table(
+        {
+            "prompt": ["a", "b", "c"],
+            "mode": ["control", "control", "text"],
+            "source": ["x", "x", None],
+            "condition": pa.array([["edge", "depth"], ["edge", None], None], pa.list_(pa.string(), 2)),
+            "seed": [1e18, None, 2.0**53],
+        }
+    )
+    pq.write_table(table, tmp_path / "m.parquet")
+    first, bad, last = read(tmp_path / "m.parquet")
+    assert (first.spec.condition, first.spec.seed, last.spec.seed) == (("edge", "depth"), 10**18, 2**53)
+    assert "empty element in column condition" in bad.error.message
+
+
 # --- ids -------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +155,11 @@ def test_made_ids_depend_on_the_content_only(manifest):
     after = {row.spec.prompt: row.id for row in read(manifest("seed,mode,prompt\n3,,c\n7,,new\n,,b\n1,,a\n"))}
     assert {prompt: after[prompt] for prompt in before} == before
     assert all(len(id) == 10 and int(id, 16) >= 0 for id in before.values())
+
+
+def test_made_ids_leave_out_how_much_is_done_at_once(manifest):
+    one, other = (next(read(manifest(f"prompt,chunk_size\na,{size}\n"))).id for size in ("", "4"))
+    assert one == other
 
 
 def test_rows_that_are_alike_get_ids_of_their_own(manifest):
@@ -218,7 +260,7 @@ def test_a_mended_row_has_another_fingerprint(manifest):
         (b"prompt,sead,wdith,zzz\na,1,2,3\n", r"'sead' .*'seed'\?\), 'wdith' .*'width'\?\), 'zzz'$"),
         (b"Prompt\na\n", "'Prompt' .*did you mean 'prompt'"),
         (b"prompt,seed,prompt \na,1,b\n", "column prompt appears more than once"),
-        (b"prompt,seed,\na,1,\n", "column 3 has no name"),
+        (b"prompt,,seed\na,,1\n", "column 2 has no name"),
         (b"PK\x03\x04...", "spreadsheet"),
         (b"PAR1 but not really", "not a readable Parquet file"),
     ],
@@ -235,12 +277,18 @@ def test_a_manifest_that_cannot_be_opened(tmp_path):
         read(tmp_path / "none.csv")
     with pytest.raises(ManifestError, match="is a folder"):
         read(tmp_path)
+    with pytest.raises(ManifestError, match="no such manifest"):
+        read("a\0b")
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    with pytest.raises(ManifestError, match="not a regular file"):
+        read(tmp_path / "pipe")
 
 
 def test_parquet_columns_that_are_no_cells_are_refused(tmp_path):
-    pq.write_table(pa.table({"prompt": ["a"], "seed": [{"x": 1}]}), tmp_path / "m.parquet")
-    with pytest.raises(ManifestError, match="column seed holds struct"):
-        read(tmp_path / "m.parquet")
+    for cell, kind in (({"x": 1}, "struct"), ([["a"]], "list<.*list<"), (b"a", "binary")):
+        pq.write_table(pa.table({"prompt": ["a"], "seed": [cell]}), tmp_path / "m.parquet")
+        with pytest.raises(ManifestError, match=f"column seed holds {kind}"):
+            read(tmp_path / "m.parquet")
 
 
 def test_a_parquet_file_that_breaks_off_is_told_in_our_words(tmp_path):
@@ -330,7 +378,7 @@ def test_memory_grows_with_the_ids_only_and_nothing_heavy_is_imported(tmp_path):
 
 def test_the_readme_has_the_present_table_of_columns():
     readme = (ROOT / "manifests" / "README.md").read_text("utf-8")
-    assert readme == with_table(readme), "run: python -m t2vz.columns manifests/README.md"
+    assert readme == with_table(readme), "run: make columns"
     table = columns_table()
     assert table.count("\n") == len(JobSpec.model_fields) + 2
     assert "| `fps` | rate |  | frames/s | all |" in table

@@ -10,7 +10,19 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 
-from t2vz.errors import ManifestError, SourceCorrupt, SourceEmpty, SourceMissing, SourceTooLarge, UnknownModel
+from t2vz.errors import (
+    ConditionError,
+    EncodeError,
+    GenerationError,
+    ManifestError,
+    OutputError,
+    SourceCorrupt,
+    SourceEmpty,
+    SourceError,
+    SourceMissing,
+    SourceTooLarge,
+    UnknownModel,
+)
 from t2vz.media.encode import checksum
 from t2vz.media.limits import Limits
 from t2vz.plan import Done, Job, Unready, Work, plan, summarise
@@ -189,6 +201,51 @@ def test_a_bad_manifest_is_refused_at_once(manifest, tmp_path):
         plan(manifest("prompt\na\n"), None, defaults={"seed": "x"})
 
 
+def test_what_the_header_tells_is_told_before_anything_is_rendered(manifest, tmp_path):
+    make_clip(tmp_path / "wide.mp4", "testsrc2=duration=1:size=130x66:rate=10")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    path = manifest(
+        "mode,prompt,source,condition,condition_video,video_length,width,fps,format\n"
+        "control,a,,pose,clip.mp4,21,,,\n"
+        "edit,a,wide.mp4,,,,64,,\n"
+        "edit,a,wide.mp4,,,,,60,gif\n"
+        "edit,a,pipe.mp4,,,,,,\n"
+        "edit,a,zero.mp4,,,,,,\n"
+        "edit,a,http://x/y.mp4,,,,,,\n"
+        "text,a,,,,3001,,,\n"
+    )
+    errors = [item.error for item in plan(path, None)]
+    expected = (
+        (ConditionError, "has 20 frames, but 21 are asked for"),
+        (SourceError, "130x66 would become 64x32"),
+        (EncodeError, "at most 50 frames/s"),
+        (SourceError, "neither a file nor a folder"),
+        (SourceError, "neither a file nor a folder"),
+        (SourceError, "http://x/y.mp4: only local files"),
+        (GenerationError, "3001 frames, the limit is 3000"),
+    )
+    for error, (kind, said) in zip(errors, expected, strict=True):
+        assert type(error) is kind
+        assert said in error.message
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("", "has no name"),
+        ("m.csv", "m.csv: not a folder"),
+        ("m.csv/deep/er", "m.csv is not a folder"),
+        ("x" * 3000, "can't be the output folder"),
+    ],
+)
+def test_what_can_not_be_an_output_folder_is_told_at_once(manifest, tmp_path, monkeypatch, out, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=said) as caught:
+        plan(manifest("prompt\na\n"), out)
+    assert len(caught.value.message) < 400
+
+
 # --- done ------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +274,8 @@ def test_done_needs_its_file(manifest, tmp_path):
     os.utime(video, ns=(0, recorded_ns))
     assert isinstance(next(plan(path, out)), Job)
     video.unlink()
+    assert isinstance(next(plan(path, out)), Job)
+    video.symlink_to("/dev/zero")
     assert isinstance(next(plan(path, out)), Job)
 
 

@@ -108,7 +108,7 @@ def fit_condition(frames: Frames, count: int) -> Extracted:
     given = len(frames)
     if given < count:
         raise ConditionError(
-            f"the condition video has {given} frames, but {count} are asked for; "
+            f"the condition video has {given} frame{'' if given == 1 else 's'}, but {count} are asked for; "
             f"lower video_length to {given} or give a longer video"
         )
     if given == count:

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from t2vz.clip import allocate
-
-from . import Frames
-from .loading import fetch
+from t2vz.conditions import Frames
+from t2vz.conditions.loading import fetch
 
 _MULTIPLE_PX = 64
 

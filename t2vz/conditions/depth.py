@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2vz.clip import allocate
+from t2vz.conditions import ConditionOptions, Extracted, Frames
+from t2vz.conditions.loading import load, transformers_model
 from t2vz.errors import ConditionError, UnsupportedModel
-
-from . import ConditionOptions, Extracted, Frames
-from .loading import load, transformers_model
 
 # Percentiles of the clip that become black and white: a few stray pixels must not set the range.
 PERCENTILES = (2.0, 98.0)

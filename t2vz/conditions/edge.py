@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from t2vz.clip import allocate
-
-from . import ConditionOptions, Extracted, Frames
+from t2vz.conditions import ConditionOptions, Extracted, Frames
 
 
 def extract(frames: Frames, options: ConditionOptions) -> Extracted:

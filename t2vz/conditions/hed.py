@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import ConditionOptions, Extracted, Frames
-from .annotators import annotate, detector
-from .loading import load
+from t2vz.conditions import ConditionOptions, Extracted, Frames
+from t2vz.conditions.annotators import annotate, detector
+from t2vz.conditions.loading import load
 
 FILES = ("ControlNetHED.pth",)
 

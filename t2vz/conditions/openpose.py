@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2vz.clip import allocate
-
-from . import ConditionOptions, Extracted, Frames
-from .annotators import controlnet_aux
-from .loading import fetch, load
-from .pose import NOBODY
-from .skeleton import KEYPOINTS, draw_skeleton
+from t2vz.conditions import ConditionOptions, Extracted, Frames
+from t2vz.conditions.annotators import controlnet_aux
+from t2vz.conditions.loading import fetch, load
+from t2vz.conditions.pose import NOBODY
+from t2vz.conditions.skeleton import KEYPOINTS, draw_skeleton
 
 FILES = ("body_pose_model.pth",)
 

@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2vz.clip import allocate
+from t2vz.conditions import ConditionOptions, Extracted, Frames
+from t2vz.conditions.loading import load, transformers_model
+from t2vz.conditions.skeleton import draw_skeleton
 from t2vz.errors import UnsupportedModel
-
-from . import ConditionOptions, Extracted, Frames
-from .loading import load, transformers_model
-from .skeleton import draw_skeleton
 
 NOBODY = "no person found in the clip: the pose condition is black"
 

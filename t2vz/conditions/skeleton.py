@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from . import Frames
+from t2vz.conditions import Frames
 
 # nose, neck, right shoulder, elbow, wrist, left shoulder, elbow, wrist, right hip, knee, ankle,
 # left hip, knee, ankle, right eye, left eye, right ear, left ear

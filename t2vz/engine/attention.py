@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModel
+from t2vz.errors import UnsupportedModel
 
 _COVERED = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor")
 

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import InvalidFrames, OutOfDeviceMemory, is_out_of_memory
-from . import noise, schedule
-from .attention import AnchorState
-from .guidance import Guide
+from t2vz.engine import noise, schedule
+from t2vz.engine.attention import AnchorState
+from t2vz.engine.guidance import Guide
+from t2vz.errors import InvalidFrames, OutOfDeviceMemory, is_out_of_memory
 
 OnStep = Callable[[int], None]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import GenerationError
+from t2vz.errors import GenerationError
 
 # Clipping is for pixels; it would cut latents at ±1. These classes do it unless told not to.
 _NO_CLIPPING = {"clip_sample": False, "thresholding": False}

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InvalidFrames, is_out_of_memory
+from t2vz.errors import InvalidFrames, is_out_of_memory
 
 # Frames that the VAE takes at once. Not the row's chunk size: batches of another size round differently.
 BATCH = 2

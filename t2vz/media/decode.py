@@ -15,14 +15,15 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from t2vz.clip import AudioReference, Clip, allocate
-from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceTooLarge, translating
+from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceTooLarge
 from t2vz.media import images
 from t2vz.media.av_source import decoded, is_untagged_hd, open_source, origin_s, video_stream
 from t2vz.media.limits import Limits
+from t2vz.media.local import reading
 from t2vz.media.probe import Probe, probe
 
 _MULTIPLE_PX = 8  # the VAE's factor
-_MIN_SIDE_PX = 64
+_MIN_SIDE_PX, _MAX_SIDE_PX = 64, 4096  # as for the columns width and height
 _SEEK_BEYOND_FRAMES = 32  # nearer than that decoding forward costs less
 # An open GOP's first frames are broken after a seek; no codec here reorders further than this.
 _REORDERED_FRAMES = 16  # the most that H.264 and HEVC keep back
@@ -47,6 +48,7 @@ def decode(
     width: int | None = None,
     height: int | None = None,
     longest_px: int | None = None,
+    condition_video: bool = False,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     workspace: Path | None = None,
 ) -> Clip:
@@ -56,13 +58,14 @@ def decode(
         frames; a variable rate becomes its average, with a warning. For a folder: the rate of its images.
     video_length: at most so many frames.
     width, height, longest_px: size of the clip in pixels, see `output_size`; covered, cropped at the centre.
+    condition_video: True for an already rendered condition: a warning tells if video_length cuts it.
     workspace: folder for the frames of clips above 256 MiB, which are a memory map then, of a file without a
         name that goes with the array. None: the system's temporary folder.
 
     Errors: those of `probe`; SourceEmpty (no frame in the range); SourceTooLarge (over `limits`);
     SourceCorrupt; SourceError (an aspect too extreme); OutputError (no room in `workspace`).
     """
-    with translating("decode", os.fspath(path)):
+    with reading(path):
         source = probe(path, limits)
         if source.kind == "folder":
             source = _at_rate(source, fps)
@@ -72,23 +75,22 @@ def decode(
             warnings.append(f"variable frame rate: made constant at its average, {float(rate):.5g} frames/s")
         plan = _plan(source, start_s, end_s, rate, own_frames=fps is None, video_length=video_length)
         warnings += plan.warnings
+        if condition_video and len(plan.indexes) < plan.available:
+            warnings.append(f"condition video cut from {plan.available} to {_frames(len(plan.indexes))}")
         if len(plan.indexes) > limits.max_frames:
             raise SourceTooLarge(
-                f"{path}: {len(plan.indexes)} frames, the limit is {limits.max_frames}: set end_s or "
+                f"{path}: {_frames(len(plan.indexes))}, the limit is {limits.max_frames}: set end_s or "
                 f"video_length, or lower fps"
             )
-        try:
-            size = output_size(source.width, source.height, width, height, longest_px)
-        except SourceError as error:
-            raise SourceError(f"{path}: {error.message}") from None
+        size = sized(source, width, height, longest_px)
         frames = allocate((len(plan.indexes), size[1], size[0], 3), workspace)
         decoder, delivered, lost = _read(source, plan.indexes, frames, warnings)
         if delivered == 0:
             raise SourceCorrupt(f"{path}: no frame of the range can be decoded; the file is damaged")
         if delivered < len(plan.indexes) or lost > 1:
             warnings.append(
-                f"{lost} source frames of the range are missing, the file is damaged or cut off: "
-                f"{delivered} of {len(plan.indexes)} frames delivered"
+                f"the file is damaged or cut off, {lost} of its frames in the range missing: "
+                f"{delivered} of {_frames(len(plan.indexes))} delivered"
             )
         audio = None
         if source.has_audio:
@@ -110,7 +112,8 @@ def output_size(
 
     Both given: those. One given: the other from the source's aspect. None: the longest side is `longest_px`,
     or the source's own. What is computed is rounded to a multiple of 8. A source whose short side is
-    below 64 is enlarged to 64; where width, height or longest_px forbid that, SourceError.
+    below 64 is enlarged to 64; where width, height or longest_px forbid that, SourceError, as where width or
+    height makes the other side longer than 4096.
     """
     if width is not None and height is not None:
         return width, height
@@ -122,24 +125,37 @@ def output_size(
         scale = Fraction(longest_px, max(source_w, source_h))
     else:
         scale = max(Fraction(1), Fraction(_MIN_SIDE_PX, min(source_w, source_h)))
+    scaled = source_w * scale, source_h * scale
     size = (
-        width or round(source_w * scale / _MULTIPLE_PX) * _MULTIPLE_PX,
-        height or round(source_h * scale / _MULTIPLE_PX) * _MULTIPLE_PX,
+        width or round(scaled[0] / _MULTIPLE_PX) * _MULTIPLE_PX,
+        height or round(scaled[1] / _MULTIPLE_PX) * _MULTIPLE_PX,
     )
-    if min(size) < _MIN_SIDE_PX:
+    if min(size) < _MIN_SIDE_PX or (max(size) > _MAX_SIDE_PX and (width or height)):
         raise SourceError(
-            f"{source_w}x{source_h} is too long and narrow: it would become {size[0]}x{size[1]}, and a side "
-            f"must have {_MIN_SIDE_PX} px; set both width and height, and it is cropped to them"
+            f"{source_w}x{source_h} would become {max(1, round(scaled[0]))}x{max(1, round(scaled[1]))}, and a side "
+            f"must have {_MIN_SIDE_PX} to {_MAX_SIDE_PX} px; set both width and height, and it is cropped to them"
         )
     return size
 
 
+def sized(source: Probe, width: int | None, height: int | None, longest_px: int | None) -> tuple[int, int]:
+    """`output_size` for a source, whose name is in the error then."""
+    try:
+        return output_size(source.width, source.height, width, height, longest_px)
+    except SourceError as error:
+        raise SourceError(f"{source.path}: {error.message}") from None
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """What to deliver: from when on, which source frame each frame of the clip is, what to tell the user."""
+    """What to deliver: from when on, which source frame each frame of the clip is, what to tell the user.
+
+    available: frames of the range at the clip's rate, before video_length.
+    """
 
     begin_s: float
     indexes: NDArray[np.int64]
+    available: int
     warnings: tuple[str, ...]
 
 
@@ -170,14 +186,18 @@ def _plan(
         )
     if end_s is not None and end_s > source_end_s + 1 / float(rate):
         warnings.append(f"the source ends at {source_end_s:.3f} s, before end_s")
-    n = max(1, ceil((stop_s - begin_s - tolerance_s) * float(rate)))
+    available = n = max(1, ceil((stop_s - begin_s - tolerance_s) * float(rate)))
     if video_length is not None:
         if n < video_length:
-            warnings.append(f"{n} frames in the range, fewer than video_length ({video_length})")
+            warnings.append(f"{_frames(n)} in the range, fewer than video_length ({video_length})")
         n = min(n, video_length)
     shown_s = begin_s + np.arange(n) / float(rate)
     indexes = np.searchsorted(times_s, shown_s + tolerance_s, side="right") - 1
-    return _Plan(begin_s, np.clip(indexes, 0, len(times_s) - 1), tuple(warnings))
+    return _Plan(begin_s, np.clip(indexes, 0, len(times_s) - 1), available, tuple(warnings))
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'' if count == 1 else 's'}"
 
 
 def _at_rate(folder: Probe, fps: Fraction | None) -> Probe:

@@ -30,7 +30,8 @@ METADATA_FILE = "t2vz.json"  # beside the images of a png folder
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "ffv1": "ffv1"}
 _CRF = {"h264": 18, "hevc": 18, "vp9": 24}
 _BT709 = 1  # AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVCOL_TRC_BT709 alike
-_MAX_GIF_FPS = 50  # browsers slow down what is faster
+_MAX_GIF_FPS = 50  # GIF counts in hundredths of a second, and players slow down what has less than two
+_X265_DELAY = 2  # packets by which decoding begins before showing: B-frames that refer to B-frames
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def encode(
     Errors: EncodeError (sizes, no frames, an encoder that is missing or refuses); OutputError (no space, no
     permission, no such folder).
     """
-    _check(path, width, height, encoding)
+    _check(path, width, height, rate_fps, encoding)
+    what = _described(encoding, width, height)
     info = json.dumps(dict(metadata or {}), sort_keys=True, ensure_ascii=False)
     track = None
     warnings: list[str] = []
@@ -115,24 +117,22 @@ def encode(
         else:
             if audio is not None and encoding.format != "gif":
                 track = soundtrack(audio, encoding.format, warnings)
-            if encoding.format == "gif" and rate_fps > _MAX_GIF_FPS:
-                warnings.append(f"players show GIFs at {_MAX_GIF_FPS} frames/s at most, not {float(rate_fps):g}")
-            with _encoding(path):
+            with _encoding(path, what):
                 writer = _VideoFile(path, width, height, rate_fps, encoding, info, track)
         count = 0
         try:
             for batch in frames:
                 if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[1:] != (height, width, 3):
                     raise EncodeError(
-                        f"{path}: frames must be uint8 (f, {height}, {width}, 3), not {batch.dtype} {batch.shape}"
+                        f"frames must be uint8 (f, {height}, {width}, 3), not {batch.dtype} {batch.shape}"
                     )
-                with _encoding(path):
+                with _encoding(path, what):
                     for frame in batch:
                         writer.write(np.ascontiguousarray(frame), count)
                         count += 1
             if count == 0:
-                raise EncodeError(f"{path}: no frames to write")
-            with _encoding(path):
+                raise EncodeError("there are no frames to write")
+            with _encoding(path, what):
                 writer.finish(count)
         finally:
             writer.close()
@@ -153,6 +153,12 @@ def encode(
         audio_kept=track is not None and track.written,
         warnings=tuple(warnings),
     )
+
+
+def check_rate(format: str, rate_fps: Fraction) -> None:
+    """Raise EncodeError if files of the format can't have the frame rate."""
+    if format == "gif" and rate_fps > _MAX_GIF_FPS:
+        raise EncodeError(f"a GIF shows at most {_MAX_GIF_FPS} frames/s: set fps to {_MAX_GIF_FPS} or lower")
 
 
 def publish(encoded: Encoded, final_path: Path) -> Encoded:
@@ -197,13 +203,13 @@ def _replace(source: Path, target: Path) -> None:
 def checksum(path: Path) -> tuple[str, int]:
     """(sha256 in hex, size in bytes) of an output.
 
-    Of a folder the hash is over its files sorted by name: of each the name, NUL, its own sha256 in hex, NUL.
+    Of a folder the hash is over its regular files sorted by name: of each the name, NUL, its own sha256 in hex, NUL.
     """
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size
     digest, total_bytes = hashlib.sha256(), 0
-    for file_path in sorted(path.iterdir()):
+    for file_path in sorted(file for file in path.iterdir() if file.is_file()):  # a pipe would never end
         sha256, size_bytes = checksum(file_path)
         digest.update(f"{file_path.name}\0{sha256}\0".encode())
         total_bytes += size_bytes
@@ -222,7 +228,7 @@ class _PngFolder:
 
         ok, data = cv2.imencode(".png", frame[..., ::-1])
         if not ok:
-            raise EncodeError(f"{self._folder}: frame {index} could not be made a PNG")
+            raise EncodeError(f"frame {index} could not be made a PNG")
         (self._folder / f"{index:06d}.png").write_bytes(data.tobytes())
 
     def finish(self, count: int) -> None:
@@ -250,6 +256,8 @@ class _VideoFile:
         self._container = av.open(f"file:{path}", "w", format=muxer, container_options=options)
         self._container.metadata["comment"] = info
         self._is_gif = encoding.format == "gif"
+        self._is_hevc = encoding.codec == "hevc"
+        self._packets = 0
         self._rgb = encoding.codec == "ffv1"
         self._pix_fmt = encoding.pix_fmt
         self._reformatter = VideoReformatter()
@@ -260,7 +268,7 @@ class _VideoFile:
             context.width, context.height, context.pix_fmt = width, height, encoding.pix_fmt
             context.thread_count = encoding.threads
             context.options = _codec_options(encoding)
-            if encoding.codec == "hevc":
+            if self._is_hevc:
                 context.codec_tag = "hvc1"  # Apple's players refuse hev1
             if not self._is_gif and not self._rgb:
                 context.color_range = int(ColorRange.MPEG)
@@ -309,6 +317,9 @@ class _VideoFile:
         for packet in packets:
             if not packet.duration:
                 packet.duration = round(1 / (self._rate_fps * packet.time_base))
+            if self._is_hevc:  # x265 leaves them unset, whatever the memory holds, in videos of one or two frames
+                packet.dts = round((self._packets - _X265_DELAY) / (self._rate_fps * packet.time_base))
+            self._packets += 1
             self._container.mux(packet)
 
 
@@ -349,20 +360,29 @@ def _append_gif_comment(path: Path, info: str) -> None:
         file.write(b"\x21\xfe" + blocks + b"\x00" + b"\x3b")
 
 
-def _check(path: Path, width: int, height: int, encoding: Encoding) -> None:
+def _described(encoding: Encoding, width: int, height: int) -> str:
+    preset = f", preset {encoding.preset}" if encoding.preset else ""
+    return f"{encoding.codec} ({encoding.pix_fmt}{preset}) of {width}x{height}"
+
+
+def _check(path: Path, width: int, height: int, rate_fps: Fraction, encoding: Encoding) -> None:
     if path.exists():
         raise OutputError(f"{path}: exists already; a name in the workspace must be new")
     if width < 1 or height < 1:
-        raise EncodeError(f"{path}: frames of {width}x{height} can't be written")
+        raise EncodeError(f"frames of {width}x{height} can't be written")
+    check_rate(encoding.format, rate_fps)
     if encoding.pix_fmt == "yuv420p" and (width % 2 or height % 2):
-        raise EncodeError(f"{path}: {width}x{height} has an odd side, which yuv420p can't hold; make both even")
+        raise EncodeError(f"{width}x{height} has an odd side, which yuv420p can't hold; make both even")
     if encoding.codec in _ENCODERS and _ENCODERS[encoding.codec] not in av.codecs_available:
-        raise EncodeError(f"{path}: this PyAV has no encoder {_ENCODERS[encoding.codec]}; choose another codec")
+        raise EncodeError(f"this PyAV has no encoder {_ENCODERS[encoding.codec]}; choose another codec")
 
 
 @contextmanager
-def _encoding(path: Path) -> Iterator[None]:
-    """Foreign errors of writing, by their kind: of the operating system, of FFmpeg, ours."""
+def _encoding(path: Path, what: str = "") -> Iterator[None]:
+    """Foreign errors of writing, by their kind: of the operating system, of FFmpeg, ours.
+
+    what: is encoded, in the words that the user chose it with; the path is of the workspace.
+    """
     try:
         yield
     except T2VZError:
@@ -371,12 +391,16 @@ def _encoding(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise OutputError(f"{path}: the folder to write to is not there; make it first") from error
         if isinstance(error, av.FFmpegError) and type(translate(error, "encode")) is not OutputError:
-            raise EncodeError(f"{path}: the encoder failed ({error})") from error
+            raise _refused(what, error.strerror or "no reason given") from error
         raise translate(error, "encode", str(path)) from error
     except AV_ERRORS as error:
-        raise EncodeError(f"{path}: the encoder failed ({error})") from error
+        raise _refused(what, getattr(error, "strerror", None) or str(error)) from error
     except Exception as error:
         raise translate(error, "encode", str(path)) from error
+
+
+def _refused(what: str, reason: str) -> EncodeError:
+    return EncodeError(f"FFmpeg can't write {what}: {reason}; try another preset, codec or size")
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from t2vz.errors import SourceMissing, translating
 from t2vz.media.images import image_files
+from t2vz.media.local import local_source, reading
 
 WHOLE_UP_TO_BYTES = 64 * 2**20
 _SAMPLES = 64
@@ -23,12 +23,10 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     that keeps the size goes unseen. For a folder its images' names and contents count (`sha256-folder:…`).
 
     Remembered in the process by path, size, modification time and inode.
-    Errors: SourceMissing, SourceEmpty (a folder without images), SourceError.
+    Errors: SourceMissing, SourceEmpty (a folder without images), SourceError (not to be read, a pipe, a device).
     """
-    path = Path(path)
-    with translating("decode", str(path)):
-        if not path.exists():
-            raise SourceMissing(f"{path}: no such file or folder")
+    with reading(path):
+        path = local_source(path)
         if not path.is_dir():
             return _of_file(path)
         digest = hashlib.sha256()
@@ -44,6 +42,8 @@ def _of_file(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _hashed(path: Path, size_bytes: int, mtime_ns: int, inode: int) -> str:
+    if size_bytes == 0:  # what /proc holds says so, too, and reading it may never end
+        return f"sha256:{hashlib.sha256().hexdigest()}"
     with path.open("rb") as file:
         if size_bytes <= WHOLE_UP_TO_BYTES:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

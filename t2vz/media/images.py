@@ -33,7 +33,9 @@ def image_files(folder: Path) -> list[Path]:
     files = [
         Path(entry.path)
         for entry in os.scandir(folder)
-        if entry.is_file() and not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in SUFFIXES
+        if os.path.splitext(entry.name)[1].lower() in SUFFIXES
+        and not entry.name.startswith(".")
+        and os.path.isfile(entry.path)  # False, not an error as entry.is_file() is, for a link that leads in circles
     ]
     if not files:
         raise SourceEmpty(f"{folder}: no images in this folder ({', '.join(sorted(SUFFIXES))})")

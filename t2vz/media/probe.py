@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceMissing, SourceTooLarge, translating
+from t2vz.errors import SourceCorrupt, SourceEmpty, SourceTooLarge
 from t2vz.media import images
 from t2vz.media.av_source import AV_ERRORS, decoded, is_untagged_hd, open_source, origin_s, video_stream
 from t2vz.media.limits import Limits
+from t2vz.media.local import local_source, reading
 
 FOLDER_RATE_FPS = Fraction(25)
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
@@ -81,16 +81,10 @@ def probe(path: str | os.PathLike[str], limits: Limits = Limits()) -> Probe:  # 
     local).
     """
     text = os.fspath(path)
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:", text) and not os.path.exists(text):
-        raise SourceError(f"{text}: only local files and folders are read so far; copy it here first")
-    path = Path(text)
-    with translating("decode", text):
-        if not path.exists():
-            raise SourceMissing(f"{text}: no such file or folder")
+    with reading(text):
+        path = local_source(text)
         if path.is_dir():
             return _probe_folder(path, limits)
-        if not path.is_file():
-            raise SourceError(f"{text}: neither a file nor a folder")
         with path.open("rb"):  # the operating system's own error, before FFmpeg words it
             size_bytes = path.stat().st_size
         if size_bytes == 0:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import DeviceLost, ModelError, OutOfDeviceMemory, T2VZError, UnknownModel, translate
+from t2vz.errors import DeviceLost, ModelError, OutOfDeviceMemory, T2VZError, UnknownModel, translate
+from t2vz.media.local import shown
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -51,12 +52,12 @@ def _present_commit(reference: str, wanted: str | None) -> str:
         # One request without retries: a download would try for a minute and a half when there is no network.
         return str(HfApi().model_info(reference, revision=wanted, timeout=_PROBE_TIMEOUT_S).sha)
     except RepositoryNotFoundError as error:
-        raise UnknownModel(f"model {reference}: not on the hub, or not open to you") from error
+        raise UnknownModel(f"model {shown(reference)}: not on the hub, or not open to you") from error
     except RevisionNotFoundError as error:
-        raise UnknownModel(f"model {reference}: the hub has no revision {wanted} of it") from error
+        raise UnknownModel(f"model {shown(reference)}: the hub has no revision {shown(wanted or '')} of it") from error
     except Exception as error:
         raise ModelError(
-            f"model {reference}: not in the local cache, and the hub can't be reached ({one_line(error)}); "
+            f"model {shown(reference)}: not in the local cache, and the hub can't be reached ({one_line(error)}); "
             "download it beforehand or name a folder"
         ) from error
 
@@ -74,7 +75,7 @@ def loading(reference: str) -> Iterator[None]:
         if isinstance(ours, (OutOfDeviceMemory, DeviceLost)):
             raise ours from error
         raise ModelError(
-            f"model {reference}: can't be loaded ({type(error).__name__}: {one_line(error)}); "
+            f"model {shown(reference)}: can't be loaded ({type(error).__name__}: {one_line(error)}); "
             "check its files or name another"
         ) from error
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, UnsupportedModel
-from ..spec import JobSpec
-from . import LOADING, hub, table
+from t2vz.errors import ModelError, UnsupportedModel
+from t2vz.models import LOADING, hub, table
+from t2vz.spec import JobSpec
 
 # Loaded models that a process keeps: one for generation beside one for edits, say.
 KEPT = 2

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from . import LOADING
-from .table import MINI_VERSION
+from t2vz.errors import ModelError
+from t2vz.models import LOADING
+from t2vz.models.table import MINI_VERSION
 
 SIZE_PX = 128
 _CELL_PX = 8
@@ -61,7 +61,7 @@ def write(folder: Path) -> None:
     """Write base, edit, the ControlNets and the annotators into `folder`."""
     import torch
 
-    from .mini_annotators import write_annotators
+    from t2vz.models.mini_annotators import write_annotators
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)

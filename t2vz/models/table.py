@@ -7,10 +7,11 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UnknownModel, UnsupportedModel
-from ..media.fingerprint import fingerprint
-from ..spec import JobSpec
-from . import hub
+from t2vz.errors import ModelError, UnknownModel, UnsupportedModel
+from t2vz.media.fingerprint import fingerprint
+from t2vz.media.local import shown
+from t2vz.models import hub
+from t2vz.spec import JobSpec
 
 # Raised when the embedded models change: their jobs then count as not done.
 MINI_VERSION = "1"
@@ -64,6 +65,9 @@ MINI = Family(
 MODELS: dict[str, Family] = {"mini": MINI, "sd15": SD15}
 
 _WEIGHTS = (".safetensors", ".json", ".txt", ".model", ".pth", ".pt")
+_PIPELINE = "model_index.json"  # what a diffusers folder begins with
+_SIGNS = (_PIPELINE, "config.json", ".safetensors", ".pth", ".pt")  # of a model, in its folder's top
+_PATH_STARTS = ("/", "./", "../", "~")
 
 
 def family(spec: JobSpec) -> Family:
@@ -105,7 +109,7 @@ def annotator_references(spec: JobSpec) -> dict[str, str]:
 def resolve(reference: str) -> str:
     """A reference as the libraries take it: a local path, or a hub id. `mini/…` is written to the cache once."""
     if reference.startswith("mini/"):
-        from .mini import folder
+        from t2vz.models.mini import folder
 
         return str(folder() / reference.removeprefix("mini/"))
     return reference
@@ -121,7 +125,10 @@ def identity(spec: JobSpec) -> str:
 
     Raises UnknownModel, UnsupportedModel, ModelError.
     """
-    parts = [revision(model_reference(spec), spec.revision)]
+    reference = model_reference(spec)
+    parts = [revision(reference, spec.revision)]
+    if Path(reference).is_dir() and not Path(reference, _PIPELINE).is_file():
+        raise UnsupportedModel(f"{shown(reference)}: not a whole diffusers model, it has no {_PIPELINE}")
     if spec.base_config is not None:
         parts.append(revision(spec.base_config))
     if spec.mode == "control":
@@ -140,24 +147,37 @@ def revision(reference: str, wanted: str | None = None) -> str:
     """Identity of one model: `mini/…@version`, `folder@` or `file@fingerprint` wherever it lies, `hub id@commit`."""
     if reference.startswith("mini/"):
         return f"{reference}@{MINI_VERSION}"
-    path = Path(reference)
+    try:
+        local = _local_revision(Path(reference))
+    except OSError as error:
+        raise ModelError(f"{shown(reference)}: can't be read ({error.strerror})") from error
+    if local is not None:
+        return local
+    if reference.startswith(_PATH_STARTS) or reference.endswith(".safetensors"):
+        written_out = "; write the home folder out" if reference.startswith("~") else ""
+        raise UnknownModel(f"{shown(reference)}: no such file or folder{written_out}")
+    if not hub.HUB_ID.fullmatch(reference):
+        near = difflib.get_close_matches(reference.lower(), MODELS, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "give a known name, a folder, a .safetensors file or a hub id"
+        raise UnknownModel(f"no model `{shown(reference)}`: {hint} (known names: {', '.join(MODELS)})")
+    return f"{reference}@{hub.commit(reference, wanted)}"
+
+
+def _local_revision(path: Path) -> str | None:
     if path.is_dir():
         return f"folder@{_folder_fingerprint(path)}"
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UnsupportedModel(f"{reference}: only .safetensors files are loaded (others can run code)")
+            raise UnsupportedModel(f"{shown(path)}: only .safetensors files are loaded (others can run code)")
         return f"file@{fingerprint(path)}"
-    if not hub.HUB_ID.fullmatch(reference):
-        near = difflib.get_close_matches(reference.lower(), MODELS, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else "give a known name, a folder, a .safetensors file or a hub id"
-        raise UnknownModel(f"no model `{reference}`: {hint} (known names: {', '.join(MODELS)})")
-    return f"{reference}@{hub.commit(reference, wanted)}"
+    return None
 
 
 def _folder_fingerprint(folder: Path) -> str:
+    # Before its files are looked for: a folder of something else may be a whole disk.
+    if not any(path.name in _SIGNS or path.suffix in _SIGNS for path in folder.iterdir()):
+        raise UnknownModel(f"{shown(folder)}: no model there (no {_PIPELINE}, config.json, .safetensors or .pth)")
     files = sorted(p for p in folder.rglob("*") if p.suffix in _WEIGHTS and p.is_file())
-    if not files:
-        raise UnknownModel(f"{folder}: no model there (no .safetensors and no .json)")
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(f"{file.relative_to(folder).as_posix()}\0{fingerprint(file)}\n".encode())

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spec import JobSpec
+from t2vz.spec import JobSpec
 
 if TYPE_CHECKING:  # torch is imported where a mode runs
     from torch import Tensor
 
-    from ..engine.lockstep import OnSnapshot, Snapshot
-    from ..models.loading import Components
+    from t2vz.engine.lockstep import OnSnapshot, Snapshot
+    from t2vz.models.loading import Components
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..engine import guidance
-from ..models.loading import Components
-from ..models.prompt import encode_prompts
-from ..spec import JobSpec
-from . import Request
+from t2vz.engine import guidance
+from t2vz.models.loading import Components
+from t2vz.models.prompt import encode_prompts
+from t2vz.modes import Request
+from t2vz.spec import JobSpec
 
 
 def latent_shape(components: Components, request: Request) -> tuple[int, int, int]:

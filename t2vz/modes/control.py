@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import torch
 
-from ..engine import noise, schedule
-from ..engine.attention import anchor_attention
-from ..engine.lockstep import Control, Denoiser, denoise
-from ..models.loading import Components
-from . import Generated, Request
-from .common import latent_shape, prompt_branches
+from t2vz.engine import noise, schedule
+from t2vz.engine.attention import anchor_attention
+from t2vz.engine.lockstep import Control, Denoiser, denoise
+from t2vz.models.loading import Components
+from t2vz.modes import Generated, Request
+from t2vz.modes.common import latent_shape, prompt_branches
 
 
 @torch.no_grad()

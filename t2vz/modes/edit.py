@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..engine import guidance, noise, schedule, vae
-from ..engine.attention import anchor_attention
-from ..engine.lockstep import Denoiser, denoise
-from ..models.loading import Components
-from ..models.prompt import encode_prompts
-from . import Generated, Request
-from .common import latent_shape
+from t2vz.engine import guidance, noise, schedule, vae
+from t2vz.engine.attention import anchor_attention
+from t2vz.engine.lockstep import Denoiser, denoise
+from t2vz.models.loading import Components
+from t2vz.models.prompt import encode_prompts
+from t2vz.modes import Generated, Request
+from t2vz.modes.common import latent_shape
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..engine import motion, noise, schedule
-from ..engine.attention import anchor_attention
-from ..engine.lockstep import Denoiser, denoise
-from ..models.loading import Components
-from ..spec import t0_t1
-from . import Generated, Request
-from .common import latent_shape, prompt_branches
+from t2vz.engine import motion, noise, schedule
+from t2vz.engine.attention import anchor_attention
+from t2vz.engine.lockstep import Denoiser, denoise
+from t2vz.models.loading import Components
+from t2vz.modes import Generated, Request
+from t2vz.modes.common import latent_shape, prompt_branches
+from t2vz.spec import t0_t1
 
 
 @torch.no_grad()

@@ -345,3 +345,24 @@ def test_a_range_of_disordered_timestamps_is_the_same_range_of_the_whole(real_cl
     whole = decode(path, width=64)
     part = decode(path, start_s=start_s, end_s=end_s, fps=Fraction(fps), width=64)
     assert np.array_equal(part.frames, whole.frames[expected])
+
+
+def test_a_condition_video_is_not_cut_in_silence(clip_path):
+    cut, whole = (
+        decode(clip_path("closed.mp4"), video_length=length, condition_video=True).warnings for length in (30, 100)
+    )
+    assert cut == ("condition video cut from 100 to 30 frames",)
+    assert whole == ()
+
+
+@pytest.mark.parametrize(
+    ("source", "asked", "said"),
+    [
+        ((65, 33), (64, None), "would become 64x32"),
+        ((4000, 2), (64, None), "would become 64x1"),
+        ((33, 65), (4096, None), "would become 4096x8068"),
+    ],
+)
+def test_a_size_out_of_bounds_is_told_as_it_would_be(source, asked, said):
+    with pytest.raises(SourceError, match=said):
+        output_size(*source, *asked, None)

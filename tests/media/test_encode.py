@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from t2vz.clip import AudioReference
-from t2vz.errors import DeviceLost, EncodeError, OutputError
+from t2vz.errors import DeviceLost, EncodeError, OutputError, SourceError, SourceMissing
 from t2vz.media import encode as encode_module
 from t2vz.media.decode import decode
 from t2vz.media.encode import METADATA_FILE, Encoding, checksum, encode, publish
 from t2vz.media.fingerprint import WHOLE_UP_TO_BYTES, fingerprint
+from t2vz.media.probe import probe
 from t2vz.spec import JobSpec
 
 WIDTH, HEIGHT, COUNT, RATE_FPS = 128, 96, 12, Fraction(8)
@@ -102,6 +103,39 @@ def test_the_rate_is_exact(frames, tmp_path, rate_fps, count):
         stream = container.streams.video[0]
         assert stream.average_rate == rate_fps
         assert stream.duration * stream.time_base == count / rate_fps
+
+
+@pytest.mark.parametrize("rate_fps", [Fraction(24), Fraction(30), Fraction(50)])
+def test_a_gif_has_the_rate_on_average(frames, tmp_path, ffmpeg, rate_fps):
+    written(np.tile(frames, (5, 1, 1, 1)), tmp_path / "v", encoding("gif"), rate_fps=rate_fps)
+    shown = ffmpeg("-i", tmp_path / "v", "-f", "null", "-progress", "-", "-").decode()
+    lasts_s = int(shown.split("out_time_us=")[-1].split()[0]) / 1e6
+    assert lasts_s == pytest.approx(5 * COUNT / rate_fps, abs=0.006)
+
+
+def test_a_gif_above_its_rate_is_refused(frames, tmp_path):
+    with pytest.raises(EncodeError, match="set fps to 50 or lower"):
+        written(frames, tmp_path / "v", encoding("gif"), rate_fps=Fraction(60))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_short_hevc_videos(frames, tmp_path, ffmpeg_frames, count):
+    how = encoding("mp4", "hevc", preset="veryslow", pix_fmt="yuv444p")
+    for attempt in range(3):  # x265's unset timestamps were what the memory held
+        made = written(frames[:count], tmp_path / f"{attempt}", how)
+        assert len(ffmpeg_frames(made.path, WIDTH, HEIGHT)) == count
+        with av.open(str(made.path)) as container:
+            assert [frame.time for frame in container.decode(video=0)] == [k / RATE_FPS for k in range(count)]
+
+
+def test_what_the_encoder_refuses_is_told_in_the_users_words(frames, tmp_path):
+    how = Encoding("mp4", "h264", 18, "no-such-preset", "yuv420p")
+    with pytest.raises(
+        EncodeError, match=r"h264 \(yuv420p, preset no-such-preset\) of 128x96: .*another preset"
+    ) as caught:
+        written(frames, tmp_path / "v", how)
+    assert str(tmp_path) not in caught.value.message
+    assert "Errno" not in caught.value.message
 
 
 def test_the_parameters_are_in_the_file(frames, tmp_path):
@@ -277,6 +311,32 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert fingerprint(folder) == before
     (folder / "1.png").rename(folder / "2.png")
     assert fingerprint(folder) != before
+
+
+def test_what_is_no_regular_file_is_refused_unopened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to("/dev/zero")
+    for ask in (fingerprint, probe):
+        for path, error, said in (
+            (tmp_path / "pipe.mp4", SourceError, "neither a file nor a folder"),
+            (tmp_path / "link.mp4", SourceError, "neither a file nor a folder"),
+            ("http://host/clip.mp4", SourceError, "^http://host/clip.mp4: only local files"),
+            (tmp_path / "none.mp4", SourceMissing, "no such file"),
+            (tmp_path / "none.mp4" / "below", SourceMissing, "no such file"),
+            (f"/{'x' * 3000}", SourceError, "can't be read"),
+        ):
+            with pytest.raises(error, match=said) as caught:
+                ask(path)
+            assert type(caught.value) is error
+            assert len(caught.value.message) < 400
+            assert "OSError" not in caught.value.message
+
+
+def test_links_in_circles_among_images_are_passed_over(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"one")
+    before = fingerprint(tmp_path)
+    (tmp_path / "2.png").symlink_to("2.png")
+    assert fingerprint(tmp_path) == before
 
 
 def test_fingerprint_of_a_huge_file_is_sampled(tmp_path):

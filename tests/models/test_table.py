@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2vz.errors import ModelError, UnknownModel
+from t2vz.errors import ModelError, UnknownModel, UnsupportedModel
 from t2vz.models import loading, table
 from t2vz.spec import JobSpec
 
@@ -119,10 +119,35 @@ def test_an_unknown_name_suggests_a_near_one(name, near):
         table.identity(spec(name))
 
 
-@pytest.mark.parametrize("name", ["quite-different", "no/such/folder", "../escape", "a b/c", "folder/"])
+@pytest.mark.parametrize("name", ["quite-different", "no/such/folder", "a b/c", "folder/"])
 def test_an_unknown_name_says_what_is_known(name):
     with pytest.raises(UnknownModel, match="known names: mini, sd15"):
         table.identity(spec(name))
+
+
+@pytest.mark.parametrize("name", ["../escape", "/no/such", "~/m.safetensors", "m.safetensors", "org/m.safetensors"])
+def test_what_is_written_as_a_path_is_no_hub_id(name):
+    with pytest.raises(UnknownModel, match=f"^{name}: no such file or folder"):
+        table.identity(spec(name))
+
+
+def test_a_folder_without_a_sign_of_a_model_is_refused_before_its_files_are_read(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "model.safetensors").symlink_to("/proc/self/mem")  # reading it is an error
+    with pytest.raises(UnknownModel, match="no model there"):
+        table.identity(spec(tmp_path))
+
+
+def test_a_rows_model_is_a_whole_pipeline(tiny_controlnets):
+    with pytest.raises(UnsupportedModel, match=r"it has no model_index\.json"):
+        table.identity(spec(tiny_controlnets[0]))
+
+
+def test_an_endless_name_is_shortened_and_told_without_class_names():
+    with pytest.raises(ModelError) as caught:
+        table.identity(spec("/" + "x" * 3000))
+    assert len(caught.value.message) < 400
+    assert "OSError" not in caught.value.message
 
 
 def test_every_family_names_a_model_for_every_mode():

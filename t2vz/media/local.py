@@ -1,0 +1,54 @@
+"""What every reader of a source begins with: that it is local, there, and can be opened without waiting for ever."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from t2vz.errors import SourceError, SourceMissing, UnexpectedError, translate
+
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
+_SHOWN_CHARACTERS = 240
+
+
+def local_source(path: str | os.PathLike[str]) -> Path:
+    """The path of a regular file or a folder; nothing is opened, as a pipe or a device may never answer.
+
+    Raises SourceMissing; SourceError (an address, a pipe, a device); the operating system's own errors pass.
+    """
+    text = os.fspath(path)  # Path would make `http:/` of `http://`
+    try:
+        mode = os.stat(text).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
+        if _SCHEME.match(text):
+            raise SourceError(
+                f"{shown(text)}: only local files and folders are read so far; copy it here first"
+            ) from None
+        raise SourceMissing(f"{shown(text)}: no such file or folder") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise SourceError(f"{shown(text)}: neither a file nor a folder, but a device, pipe or socket; name a file")
+    return Path(text)
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what leaves the block as a T2VZError; the operating system's refusals to read, as SourceError."""
+    try:
+        yield
+    except Exception as error:
+        ours = translate(error, "decode", shown(path))
+        if isinstance(ours, UnexpectedError) and isinstance(error, OSError):
+            ours = SourceError(f"{shown(path)}: can't be read ({error.strerror or error})")
+        if ours is error:
+            raise
+        raise ours from error
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """The path as messages show it: both ends of an endless one."""
+    text, half = os.fspath(path), _SHOWN_CHARACTERS // 2
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]}…{text[-half:]}"
