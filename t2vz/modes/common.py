@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from t2vz.engine import guidance
+from t2vz.engine.lockstep import Denoiser, denoise
 from t2vz.models.loading import Components
 from t2vz.models.prompt import encode_prompts
 from t2vz.modes import Request
@@ -26,3 +29,20 @@ def prompt_branches(components: Components, spec: JobSpec) -> tuple[Tensor, guid
     text, warnings = encode_prompts(components.tokenizer, components.text_encoder, prompts)
     guide = guidance.classifier_free(spec.guidance_scale) if len(prompts) == 2 else guidance.unguided
     return text, guide, warnings
+
+
+def run(
+    denoiser: Denoiser, request: Request, latents: Tensor, scheduler: Any, steps: range, *, resumable: bool = True
+) -> Tensor:
+    """`denoise` as the request has it. resumable: this is the part that snapshots are taken of, one a mode."""
+    resumption: dict[str, Any] = {"start": request.start, "on_snapshot": request.on_snapshot} if resumable else {}
+    return denoise(
+        denoiser,
+        latents.to(denoiser.unet.device),
+        scheduler,
+        steps,
+        seed=request.seed,
+        chunk_size=request.spec.chunk_size,
+        on_step=request.on_step,
+        **resumption,
+    )

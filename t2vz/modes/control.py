@@ -7,10 +7,10 @@ import torch
 
 from t2vz.engine import noise, schedule
 from t2vz.engine.attention import anchor_attention
-from t2vz.engine.lockstep import Control, Denoiser, denoise
+from t2vz.engine.lockstep import Control, Denoiser
 from t2vz.models.loading import Components
 from t2vz.modes import Generated, Request
-from t2vz.modes.common import latent_shape, prompt_branches
+from t2vz.modes.common import latent_shape, prompt_branches, run
 
 
 @torch.no_grad()
@@ -25,15 +25,5 @@ def generate(components: Components, request: Request) -> Generated:
     start = noise.draw(request.seed, "initial", [0], latent_shape(components, request)) * scheduler.init_noise_sigma
     with anchor_attention([components.unet, *components.controlnets], branches=len(text)) as state:
         denoiser = Denoiser(components.unet, state, text, guide, controls)
-        latents = denoise(
-            denoiser,
-            start.repeat(request.frames, 1, 1, 1).to(components.unet.device),
-            scheduler,
-            range(steps),
-            seed=request.seed,
-            chunk_size=spec.chunk_size,
-            on_step=request.on_step,
-            start=request.start,
-            on_snapshot=request.on_snapshot,
-        )
+        latents = run(denoiser, request, start.repeat(request.frames, 1, 1, 1), scheduler, range(steps))
     return Generated(latents, denoiser.evaluations, tuple(warnings))

@@ -6,11 +6,11 @@ import torch
 
 from t2vz.engine import guidance, noise, schedule, vae
 from t2vz.engine.attention import anchor_attention
-from t2vz.engine.lockstep import Denoiser, denoise
+from t2vz.engine.lockstep import Denoiser
 from t2vz.models.loading import Components
 from t2vz.models.prompt import encode_prompts
 from t2vz.modes import Generated, Request
-from t2vz.modes.common import latent_shape
+from t2vz.modes.common import latent_shape, run
 
 
 @torch.no_grad()
@@ -34,15 +34,5 @@ def generate(components: Components, request: Request) -> Generated:
             image_latents=vae.encode(components.vae, request.source),
             image_branches=(0.0, 1.0, 1.0) if guided else (1.0,),
         )
-        latents = denoise(
-            denoiser,
-            start.repeat(request.frames, 1, 1, 1).to(components.unet.device),
-            scheduler,
-            range(steps),
-            seed=request.seed,
-            chunk_size=spec.chunk_size,
-            on_step=request.on_step,
-            start=request.start,
-            on_snapshot=request.on_snapshot,
-        )
+        latents = run(denoiser, request, start.repeat(request.frames, 1, 1, 1), scheduler, range(steps))
     return Generated(latents, denoiser.evaluations, tuple(warnings))
