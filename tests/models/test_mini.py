@@ -60,7 +60,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
 def test_a_disk_that_refuses_is_told_as_a_model_error(tmp_path, monkeypatch):
     monkeypatch.setenv("T2VZ_CACHE", str(tmp_path / "file" / "cache"))
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ModelError, match="mini/base: can't be loaded"):
+    with pytest.raises(ModelError, match="let T2VZ_CACHE name a folder that can"):
         loading.load(JobSpec(prompt="x"), "cpu")
 
 
