@@ -114,7 +114,7 @@ def _bars(console: Console) -> Iterator[Listener]:
             if event.kind == "planned":
                 progress.update(everything, total=event.total)
             elif event.kind == "row_started":
-                rows[event.id] = progress.add_task(f"  {escape(event.id)}", total=None)
+                rows[event.id] = progress.add_task(f"  {escape(event.id)} waiting", total=None)
             elif event.kind == "stage" and row is not None:
                 progress.update(row, description=f"  {escape(event.id)} {event.stage}")
             elif event.kind == "step" and row is not None:
