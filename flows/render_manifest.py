@@ -28,8 +28,7 @@ from pydantic import BaseModel, Field
 from t2vz import events
 from t2vz.errors import DeviceLost, T2VZError, UnexpectedError
 from t2vz.plan import Done, Job, Unready, plan
-from t2vz.render import STAGES, Render, Settings, opening, record_unready, render
-from t2vz.results import ResultStore
+from t2vz.render import STAGES, Render, Settings, merge_results, opening, record_unready, render
 
 _FLUSH_ROWS = 100  # a merge into the table costs 1 s, whatever its size
 _FLUSH_S = 10.0
@@ -92,7 +91,6 @@ def render_manifest(parameters: RenderParameters) -> Any:
         run_id=str(runtime.flow_run.id),
         device=parameters.device,
     )
-    store = ResultStore(parameters.out)
     call = _stage_caller(parameters.retries)
     finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
     under_way: set[PrefectFuture[Any]] = set()
@@ -102,12 +100,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
 
     def flush() -> None:
         nonlocal unflushed, flushed_at
-        try:
-            store.flush()
-        except T2VZError as error:
-            if not error.retryable:
-                raise
-            get_run_logger().warning("The results table is merged later: %s", error)
+        merge_results(settings)
         unflushed, flushed_at = 0, time.monotonic()
 
     def collect() -> None:

@@ -121,7 +121,7 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
             yield item
 
     summary = summarise(items())
-    problems = _problems(manifest, defaults, unready)
+    problems = _problems(unready)
     if as_json:
         told = asdict(summary.to_do) | {
             "done": summary.done,
@@ -295,15 +295,15 @@ def _row_line(out: str, row: ResultRow) -> str:
     return "  ".join(parts)
 
 
-def _problems(manifest: str, defaults: dict[str, str], unready: Sequence[Unready]) -> list[Problem]:
+def _problems(unready: Iterable[Unready]) -> list[Problem]:
     """What is wrong, cell by cell, in the manifest's order; a missing file or model is the row's as a whole."""
-    from t2vz.manifest import BadRow, Problem, read
+    from t2vz.manifest import Problem
 
-    problems = [Problem(item.row_number, item.id, "", "", item.error.message) for item in unready if item.spec]
-    if len(problems) < len(unready):
-        bad = (row for row in read(manifest, defaults) if isinstance(row, BadRow))
-        problems += [problem for row in bad for problem in row.problems]
-    return sorted(problems, key=lambda problem: problem.row)
+    return [
+        problem
+        for item in unready
+        for problem in item.problems or (Problem(item.row_number, item.id, "", "", item.error.message),)
+    ]
 
 
 def _amount(work: Work) -> str:

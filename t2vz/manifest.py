@@ -21,12 +21,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from t2vz.errors import ManifestError, translating
-from t2vz.spec import JobSpec
+from t2vz.spec import COLUMN_MODES, JobSpec
 
-COLUMNS: dict[str, frozenset[str]] = {  # column → modes that use it
-    name: frozenset(field.json_schema_extra["modes"].split())  # type: ignore[index,union-attr]
-    for name, field in JobSpec.model_fields.items()
-}
 _MODES = ("text", "control", "edit")
 _SOURCES = ("source", "condition_video")
 _MODELS = ("model", "base_config", "controlnet", "depth_model", "pose_model", "person_detector", "annotators")
@@ -127,10 +123,9 @@ def _rows(
     path: Path, header: Sequence[str], records: Iterator[_Record], defaults: Mapping[str, str]
 ) -> Iterator[Row | BadRow]:
     width = len(header)
-    filling = {
-        mode: {name: value for name, value in defaults.items() if value and mode in COLUMNS[name]} for mode in _MODES
-    }
-    anywhere = {name: value for name, value in filling["text"].items() if len(COLUMNS[name]) == len(_MODES)}
+    filled = [(name, value) for name, value in defaults.items() if value]
+    filling = {mode: {name: value for name, value in filled if mode in COLUMN_MODES[name]} for mode in _MODES}
+    anywhere = {name: value for name, value in filling["text"].items() if len(COLUMN_MODES[name]) == len(_MODES)}
     paths = _Paths(path.absolute().parent, {*header, *defaults})
     ids = _Ids()
     with translating("manifest", str(path)):
@@ -246,8 +241,8 @@ def _absolute(folder: str, path: str) -> str:
 def _check_header(path: Path, header: Sequence[str], defaults: Mapping[str, str]) -> None:
     if unnamed := [str(at) for at, name in enumerate(header, 1) if not name]:
         raise ManifestError(f"{path}: column {', '.join(unnamed)} has no name in the header")
-    if unknown := [name for name in header if name not in COLUMNS]:
-        listed = ", ".join(f"{_shortened(name)!r}{_meant(name, COLUMNS)}" for name in unknown)
+    if unknown := [name for name in header if name not in COLUMN_MODES]:
+        listed = ", ".join(f"{_shortened(name)!r}{_meant(name, COLUMN_MODES)}" for name in unknown)
         raise ManifestError(f"{path}: unknown column{'s' if len(unknown) > 1 else ''} {listed}")
     if repeated := sorted({name for name in header if header.count(name) > 1}):
         raise ManifestError(f"{path}: column {', '.join(repeated)} appears more than once: remove one")
@@ -258,8 +253,8 @@ def _check_header(path: Path, header: Sequence[str], defaults: Mapping[str, str]
 def _check_defaults(defaults: Mapping[str, str]) -> None:
     """Refuse what no row could use; rules that span columns are left to the rows."""
     for name in defaults:
-        if name not in COLUMNS:
-            raise ManifestError(f"default for an unknown column {name!r}{_meant(name, COLUMNS)}")
+        if name not in COLUMN_MODES:
+            raise ManifestError(f"default for an unknown column {name!r}{_meant(name, COLUMN_MODES)}")
         if name == "id":
             raise ManifestError("there can't be a default for id: it names a single row")
     try:
@@ -286,7 +281,7 @@ def _open_csv(path: Path) -> tuple[list[str], Iterator[_Record]]:
     if told := re.fullmatch(r'"?sep=(.)"?', first, re.IGNORECASE):  # Excel's own line before the header
         records = _csv_records(path, told[1], first_at)
     else:
-        delimiter = max(",;\t", key=lambda mark: sum(part.strip(' "') in COLUMNS for part in first.split(mark)))
+        delimiter = max(",;\t", key=lambda mark: sum(part.strip(' "') in COLUMN_MODES for part in first.split(mark)))
         records = _csv_records(path, delimiter, first_at - 1)
     header = next(records, [])
     if isinstance(header, str):

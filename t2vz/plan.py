@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2vz.errors import GenerationError, OutputError, SourceEmpty, SourceTooLarge, T2VZError, translating
-from t2vz.manifest import BadRow, Row, read
+from t2vz.manifest import BadRow, Problem, Row, read
 from t2vz.media.limits import Limits
 from t2vz.results import Finished, ResultStore
 from t2vz.spec import JobSpec, evaluations, job_id, seed_of
@@ -53,7 +53,8 @@ class Job:
 class Unready:
     """A row that can't be rendered as the manifest, its sources and models stand.
 
-    job_id: of this defective state; the mended row is another job. spec: None if the row itself is bad.
+    job_id: of this defective state; the mended row is another job. spec: None if the row itself is bad, and
+    problems are those of its cells then.
     """
 
     row_number: int
@@ -61,6 +62,7 @@ class Unready:
     job_id: str
     error: T2VZError
     spec: JobSpec | None = None
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +111,13 @@ def plan(
     wrong with a row or its source is an `Unready` among the others.
     """
     if out is not None:
-        _check_out(out)
+        check_out(out)
     rows = read(manifest, defaults)
     done = {} if out is None else ResultStore(out).done()
     return _planned(rows, Path(out or "."), done, limits, verify)
 
 
-def _check_out(out: str | Path) -> None:
+def check_out(out: str | Path) -> None:
     """Raise OutputError if `out` is no folder and can't become one. Nothing is made or written."""
     text = os.fspath(out)
     if not text.strip() or "\0" in text:
@@ -187,7 +189,7 @@ def _planned(
     revision_of = _revisions()
     for row in rows:
         if isinstance(row, BadRow):
-            yield Unready(row.number, row.id, row.fingerprint, row.error)
+            yield Unready(row.number, row.id, row.fingerprint, row.error, problems=row.problems)
             continue
         spec = row.spec
         source = spec.condition_video or spec.source
@@ -247,9 +249,7 @@ def _frames(spec: JobSpec, source: Probe | None, limits: Limits) -> int:
 
 def _frames_of(spec: JobSpec, source: Probe, limits: Limits) -> int:
     """The frames of the row's range at its rate, at most video_length."""
-    import numpy as np
-
-    from t2vz.conditions import fit_condition
+    from t2vz.conditions import check_condition_length
 
     rate, begin_s, end_s = spec.fps or source.rate_fps, source.first_pts_s, source.end_s
     if source.kind == "folder":  # images have no times of their own: the row's rate is theirs
@@ -261,7 +261,7 @@ def _frames_of(spec: JobSpec, source: Probe, limits: Limits) -> int:
         raise SourceEmpty(f"{source.path}: lasts until {end_s:g} s; there is no frame after {spec.start_s:g} s")
     frames = max(1, ceil(length_s * float(rate) - 1e-6))
     if spec.condition_video is not None:
-        fit_condition(np.empty((frames, 0, 0, 3), np.uint8), spec.video_length or frames)  # its refusal
+        check_condition_length(frames, spec.video_length or frames)
     frames = min(frames, spec.video_length or frames)
     if frames > limits.max_frames:
         raise SourceTooLarge(

@@ -27,7 +27,7 @@ from t2vz.errors import OutputError, T2VZError, translate, translating
 from t2vz.events import Event, emit
 from t2vz.media.limits import Limits
 from t2vz.models import table
-from t2vz.plan import TEXT_FRAMES, Job, Unready, is_there
+from t2vz.plan import TEXT_FRAMES, Job, Unready, check_out, is_there
 from t2vz.results import ResultRow, ResultStore
 from t2vz.spec import JobSpec, canonical, evaluations, t0_t1
 
@@ -88,8 +88,7 @@ def opening(settings: Settings) -> Iterator[None]:
     """
     work = settings.workspace.parent
     with translating("encode", str(settings.out)):
-        if settings.out.exists() and not settings.out.is_dir():
-            raise OutputError(f"{settings.out}: not a folder; choose another output folder")
+        check_out(settings.out)
         try:
             work.mkdir(parents=True, exist_ok=True)
             (settings.out / "videos").mkdir(exist_ok=True)
@@ -105,16 +104,19 @@ def opening(settings: Settings) -> Iterator[None]:
             settings.workspace.mkdir(exist_ok=True)
             _sweep_snapshots(work / "snapshots")
     try:
-        _merge_results(settings)
+        merge_results(settings)
         yield
     finally:
-        _merge_results(settings)
+        merge_results(settings)
         shutil.rmtree(settings.workspace, ignore_errors=True)
         (work / f"{settings.run_id}.run").unlink(missing_ok=True)
         os.close(own)
 
 
-def _merge_results(settings: Settings) -> None:
+def merge_results(settings: Settings) -> None:
+    """Merge what is committed into the results table; what other writers keep from it waits on. Raises ResultsError,
+    OutputError.
+    """
     try:
         settings.store().flush()
     except T2VZError as error:

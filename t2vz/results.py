@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from t2vz.errors import OutputError, ResultsBusy, ResultsError, StorageTimeout, T2VZError, translate
 
@@ -34,8 +34,6 @@ _log = logging.getLogger(__name__)
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MERGE_TRIES = 20
 _COMPACT_FILES = 100  # a MERGE slows with the number of files, and every flush adds one
-
-Status = Literal["ok", "failed", "skipped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

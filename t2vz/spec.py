@@ -201,12 +201,12 @@ class JobSpec(BaseModel):
         return given * len(self.condition) if len(given) == 1 else given
 
 
-_COLUMN_MODES: dict[str, frozenset[str]] = {
+COLUMN_MODES: dict[str, frozenset[str]] = {
     name: frozenset(field.json_schema_extra["modes"].split())  # type: ignore[index,union-attr]
     for name, field in JobSpec.model_fields.items()
 }
 _EVERYWHERE = frozenset(("text", "control", "edit"))
-_RESTRICTED = frozenset(name for name, modes in _COLUMN_MODES.items() if modes != _EVERYWHERE)
+_RESTRICTED = frozenset(name for name, modes in COLUMN_MODES.items() if modes != _EVERYWHERE)
 
 FORMAT_CODECS: dict[str, tuple[str, ...]] = {
     "mp4": ("h264", "hevc"),
@@ -244,8 +244,8 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
     bad: list[tuple[str, str]] = []
     mode = spec.mode
     for name in spec.model_fields_set & _RESTRICTED:
-        if mode not in _COLUMN_MODES[name]:
-            users = " and ".join(sorted(_COLUMN_MODES[name]))
+        if mode not in COLUMN_MODES[name]:
+            users = " and ".join(sorted(COLUMN_MODES[name]))
             bad.append((name, f"is used by {users}, not in {mode} mode: leave it empty or change the mode"))
     if not spec.prompt.strip():
         bad.append(("prompt", "is empty"))
@@ -338,7 +338,7 @@ def canonical(spec: JobSpec) -> dict[str, Any]:
     """The columns that decide the frames and their encoding, defaults included, JSON-ready."""
     out: dict[str, Any] = {}
     for name, value in spec:
-        if name in _NOT_IN_IDENTITY or spec.mode not in _COLUMN_MODES[name]:
+        if name in _NOT_IN_IDENTITY or spec.mode not in COLUMN_MODES[name]:
             continue
         out[name] = str(value) if isinstance(value, Fraction) else value
     out["scheduler"] = spec.scheduler_name

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import csv
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports huggingface_hub, which reads them once: a cache of the tests' own, and no hub.
 _CACHE = Path(tempfile.mkdtemp(prefix="t2vz-tests-"))
@@ -49,6 +51,24 @@ def prefect_api() -> Iterator[str]:
 
     with prefect_test_harness(120), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield PREFECT_API_URL.value()
+
+
+TINY = {"width": 64, "height": 64, "video_length": 2, "num_inference_steps": 3, "guidance_scale": 1}
+
+
+@pytest.fixture(scope="session")
+def write_manifest() -> Callable[..., Path]:
+    """Writes a manifest of the given rows to a path; tiny ones where they don't say otherwise (None: empty cell)."""
+
+    def write(path: Path, *rows: dict[str, Any]) -> Path:
+        full = [{"prompt": "a boat", **TINY, **row} for row in rows]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, sorted({column for row in full for column in row}))
+            writer.writeheader()
+            writer.writerows(full)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

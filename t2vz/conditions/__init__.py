@@ -106,11 +106,16 @@ def fit_condition(frames: Frames, count: int) -> Extracted:
     Raises ConditionError if there are too few: a condition is never repeated or slowed down to fit.
     """
     given = len(frames)
+    check_condition_length(given, count)
+    if given == count:
+        return frames, ()
+    return frames[:count], (f"condition video cut from {given} to {count} frames",)
+
+
+def check_condition_length(given: int, count: int) -> None:
+    """Raise ConditionError if a rendered condition of `given` frames can't control `count`."""
     if given < count:
         raise ConditionError(
             f"the condition video has {given} frame{'' if given == 1 else 's'}, but {count} are asked for; "
             f"lower video_length to {given} or give a longer video"
         )
-    if given == count:
-        return frames, ()
-    return frames[:count], (f"condition video cut from {given} to {count} frames",)

@@ -25,9 +25,9 @@ from t2vz.media.probe import Probe, probe
 _MULTIPLE_PX = 8  # the VAE's factor
 _MIN_SIDE_PX, _MAX_SIDE_PX = 64, 4096  # as for the columns width and height
 _SEEK_BEYOND_FRAMES = 32  # nearer than that decoding forward costs less
-# An open GOP's first frames are broken after a seek; no codec here reorders further than this.
-_REORDERED_FRAMES = 16  # the most that H.264 and HEVC keep back
-_SEEK_MARGIN_FRAMES = 16
+# No codec here keeps frames back further than this: so many after a seek may be an open GOP's broken ones, and
+# after so many a frame that belongs before them no longer comes.
+_REORDERED_FRAMES = 16
 _DECORD_BATCH_BYTES = 64 * 2**20
 
 # (source index, uint8 (h, w, 3) RGB turned for display) in ascending order; frames that are lost are missing.
@@ -316,7 +316,7 @@ def _pyav(source: Probe, wanted: list[int], *, arrival_order: bool, seek: bool =
         stream.thread_type = "AUTO"
         origin = origin_s(container)
         if seek:
-            near_s = float(source.timestamps_s[wanted[0] - _SEEK_MARGIN_FRAMES]) + origin
+            near_s = float(source.timestamps_s[wanted[0] - _REORDERED_FRAMES]) + origin
             container.seek(int(near_s / stream.time_base), stream=stream, backward=True)
         to_rgb = _rgb_converter(stream.codec_context.name, source.rotation)
         in_order = True

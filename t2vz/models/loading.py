@@ -57,7 +57,7 @@ def load(spec: JobSpec, device: str) -> Components:
     Raises UnknownModel, UnsupportedModel, ModelError, each naming the model and what to do.
     """
     base = _cached(
-        ("base", table.identity(_base_only(spec)), spec.mode == "edit", spec.dtype, device),
+        ("base", table.base_identity(spec), spec.mode == "edit", spec.dtype, device),
         lambda: _load(spec, device),
     )
     expected = 8 if spec.mode == "edit" else 4
@@ -90,10 +90,6 @@ def native_px(spec: JobSpec) -> int:
         unet = UNet2DConditionModel.load_config(table.resolve(reference), subfolder="unet", **pinned)
         vae = AutoencoderKL.load_config(table.resolve(reference), subfolder="vae", **pinned)
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def _base_only(spec: JobSpec) -> JobSpec:
-    return spec.model_copy(update={"mode": "edit" if spec.mode == "edit" else "text", "condition": ()})
 
 
 def _cached(key: tuple[Any, ...], make: Any, kept: int = KEPT) -> Any:

@@ -125,12 +125,7 @@ def identity(spec: JobSpec) -> str:
 
     Raises UnknownModel, UnsupportedModel, ModelError.
     """
-    reference = model_reference(spec)
-    parts = [revision(reference, spec.revision)]
-    if Path(reference).is_dir() and not Path(reference, _PIPELINE).is_file():
-        raise UnsupportedModel(f"{shown(reference)}: not a whole diffusers model, it has no {_PIPELINE}")
-    if spec.base_config is not None:
-        parts.append(revision(spec.base_config))
+    parts = [base_identity(spec)]
     if spec.mode == "control":
         parts += [revision(reference) for reference in controlnet_references(spec)]
     if spec.conditions_extracted:
@@ -138,6 +133,15 @@ def identity(spec: JobSpec) -> str:
         needed = {role for name in spec.condition for role in _ROLES.get(name, ("annotators",))}
         parts += [revision(roles[role]) for role in sorted(needed)]
     return " ".join(parts)
+
+
+def base_identity(spec: JobSpec) -> str:
+    """What identifies the row's model without ControlNets and annotators. Raises as `identity`."""
+    reference = model_reference(spec)
+    found = revision(reference, spec.revision)
+    if Path(reference).is_dir() and not Path(reference, _PIPELINE).is_file():
+        raise UnsupportedModel(f"{shown(reference)}: not a whole diffusers model, it has no {_PIPELINE}")
+    return found if spec.base_config is None else f"{found} {revision(spec.base_config)}"
 
 
 _ROLES: dict[str, tuple[str, ...]] = {"edge": (), "depth": ("depth",), "pose": ("pose", "detector")}

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from t2vz.results import ResultRow, read
-
-TINY = {"width": 64, "height": 64, "video_length": 2, "num_inference_steps": 3, "guidance_scale": 1}
 
 
 @dataclass(frozen=True)
@@ -48,18 +44,8 @@ def t2vz(prefect_api: str) -> Callable[..., Ran]:
     return run
 
 
-def write_manifest(path: Path, *rows: dict[str, Any]) -> Path:
-    """A manifest of these rows; tiny ones where they don't say otherwise (None leaves a cell empty)."""
-    full = [{"prompt": "a boat", **TINY, **row} for row in rows]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, sorted({column for row in full for column in row}))
-        writer.writeheader()
-        writer.writerows(full)
-    return path
-
-
 @pytest.fixture(scope="session")
-def manifest() -> Callable[..., Path]:
+def manifest(write_manifest: Callable[..., Path]) -> Callable[..., Path]:
     return write_manifest
 
 
