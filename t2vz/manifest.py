@@ -21,11 +21,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from t2vz.errors import ManifestError, translating
-from t2vz.spec import COLUMN_MODES, JobSpec
+from t2vz.spec import COLUMN_MODES, MASK_SOURCES, MODEL_COLUMNS, SOURCE_COLUMNS, JobSpec
 
 _MODES = ("text", "control", "edit")
-_SOURCES = ("source", "condition_video")
-_MODELS = ("model", "base_config", "controlnet", "depth_model", "pose_model", "person_detector", "annotators")
 # Without these cells it can't be told whether others fit.
 _OTHERS_DEPEND_ON = frozenset(("mode", "format", "codec", "num_inference_steps"))
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -208,19 +206,19 @@ class _Paths:
 
     def __init__(self, folder: Path, columns: Collection[str]) -> None:
         self._folder = str(folder)
-        self._sources = [name for name in _SOURCES if name in columns]
-        self._models = [name for name in _MODELS if name in columns]
+        self._sources = [name for name in SOURCE_COLUMNS if name in columns]
+        self._models = [name for name in MODEL_COLUMNS if name in columns]
         self._known: dict[str, str] = {}
 
     def resolve(self, cells: dict[str, str]) -> None:
         for name in self._sources:
             value = cells.get(name)
-            if value and not _URI.match(value):
+            if value and not _URI.match(value) and value not in MASK_SOURCES:
                 cells[name] = _absolute(self._folder, value)
         for name in self._models:
             value = cells.get(name)
             if value:
-                parts = value.split("+") if name == "controlnet" else [value]
+                parts = value.split("+") if name in ("controlnet", "lora", "textual_inversion") else [value]
                 cells[name] = "+".join(self._model(part.strip()) for part in parts)
 
     def _model(self, name: str) -> str:

@@ -18,18 +18,13 @@ from t2vz.errors import GenerationError, OutputError, SourceEmpty, SourceTooLarg
 from t2vz.manifest import BadRow, Problem, Row, read
 from t2vz.media.limits import Limits
 from t2vz.results import Finished, ResultStore
-from t2vz.spec import JobSpec, evaluations, job_id, seed_of
+from t2vz.spec import MODEL_COLUMNS, TEXT_FRAMES, JobSpec, evaluations, job_id, seed_of
 
 if TYPE_CHECKING:
     from t2vz.media.probe import Probe
 
-TEXT_FRAMES = 8  # of a text row without video_length
 
 # The columns that a row's model identity depends on: rows that agree in them share one look at the files.
-_MODEL_COLUMNS = (
-    *("mode", "model", "revision", "base_config", "condition", "controlnet"),
-    *("depth_model", "pose_model", "person_detector", "annotators"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +190,7 @@ def _planned(
         source = spec.condition_video or spec.source
         try:
             revision = revision_of(spec)
-            content = None if source is None else fingerprint(source)
+            content = "+".join(map(fingerprint, spec.sources)) or None
             job = job_id(spec, revision, content)
             if job in done and is_there(out, done[job], verify):
                 yield Done(job, row.id)
@@ -214,7 +209,13 @@ def _revisions() -> Callable[[JobSpec], str]:
     known: dict[tuple[object, ...], str | T2VZError] = {}
 
     def revision_of(spec: JobSpec) -> str:
-        key = (spec.conditions_extracted, *(getattr(spec, name) for name in _MODEL_COLUMNS))
+        key = (
+            spec.mode,
+            spec.condition,
+            spec.conditions_extracted,
+            spec.revision,
+            *map(spec.__getattribute__, MODEL_COLUMNS),
+        )
         if key not in known:
             try:
                 with translating("model", spec.model):

@@ -27,9 +27,9 @@ from t2vz.errors import OutputError, T2VZError, translate, translating
 from t2vz.events import Event, emit
 from t2vz.media.limits import Limits
 from t2vz.models import table
-from t2vz.plan import TEXT_FRAMES, Job, Unready, check_out, is_there
+from t2vz.plan import Job, Unready, check_out, is_there
 from t2vz.results import ResultRow, ResultStore
-from t2vz.spec import JobSpec, canonical, evaluations, t0_t1
+from t2vz.spec import TEXT_FPS, TEXT_FRAMES, JobSpec, canonical, evaluations, t0_t1
 
 if TYPE_CHECKING:
     from t2vz.engine.lockstep import Snapshot
@@ -45,7 +45,6 @@ COMMIT_TRIES = 5
 STAGES = ("decode", "conditions", "generate", "encode")
 # Their models would compete for the device, and loading one changes torch's default dtype for the whole process.
 DEVICE_STAGES = ("conditions", "generate")
-TEXT_FPS = Fraction(4)  # the paper's demo; text mode has no source to take a rate from
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class Settings:
 
     out: the output folder. manifest: where the rows come from, for the results. device: "auto", "cpu", "cuda:0", …
     snapshot_s: seconds of denoising after which its state is saved, for a later run to go on from.
+    quality: measure the frames of every row (`t2vz.quality`). clip_model: folder or hub id of a CLIP model that
+    measures them, too.
     stopping: once set, rows under way end at their next frame or step, without a result: the next run does them.
     """
 
@@ -63,11 +64,17 @@ class Settings:
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
     snapshot_s: float = 30.0
+    quality: bool = False
+    clip_model: str | None = None
     stopping: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def check_stopping(self) -> None:
         if self.stopping.is_set():
             raise KeyboardInterrupt
+
+    @property
+    def measures(self) -> bool:
+        return self.quality or self.clip_model is not None
 
     @property
     def workspace(self) -> Path:
@@ -155,10 +162,13 @@ class Render:
         self.warnings: list[str] = []
         self.clip: Clip | None = None
         self.conditions: tuple[NDArray[np.uint8], ...] = ()
+        self.scenes: tuple[int, ...] = (0,)
         self.components: Components | None = None
         self.request: Request | None = None
         self.generated: Generated | None = None
         self.encoded: Encoded | None = None
+        self.quality: dict[str, float] = {}
+        self._edges: NDArray[np.uint8] | None = None  # the edge condition, for as long as quality needs it
         self.device = ""
         self._steps_done = 0
         self._snapshot_due = 0.0
@@ -194,6 +204,7 @@ class Render:
     def _decode(self) -> None:
         from t2vz.conditions import fit_condition
         from t2vz.media.decode import decode
+        from t2vz.media.scenes import scene_starts
         from t2vz.models.loading import native_px
 
         spec = self.spec
@@ -216,6 +227,8 @@ class Render:
             frames, warnings = fit_condition(clip.frames, spec.video_length or len(clip))
             self._warn(*warnings)
             self.conditions = (frames,)
+        if spec.attention_anchor == "scene":
+            self.scenes = scene_starts(clip.frames)
         self.clip = clip
 
     def _conditions(self) -> None:
@@ -228,6 +241,8 @@ class Render:
         self.conditions = tuple(frames for frames, _ in made)
 
     def _generate(self) -> None:
+        from t2vz.media.images import read_image
+        from t2vz.media.local import local_source
         from t2vz.models.loading import load, native_px
         from t2vz.modes import Request, generate
 
@@ -265,17 +280,50 @@ class Render:
             frames,
             source=clip.frames if clip is not None and spec.mode == "edit" else None,
             conditions=self.conditions,
+            fps=self._rate_fps(),
+            picture=None if spec.ip_adapter_image is None else read_image(local_source(spec.ip_adapter_image)),
+            scenes=self.scenes,
+            masks=self._masks(width, height, frames),
+            segment=self._segment if spec.foreground_mask == "segmentation" else None,
             on_step=on_step,
             start=start,
             on_snapshot=self._save_snapshot,
         )
         self.generated = generate(self.components, self.request)
         self._warn(*self.generated.warnings)
-        # The arrays of a long clip are big; from here on only its rate and sound are needed.
+        # The arrays of a long clip are big; from here on only its rate and sound are needed, and what is measured.
+        if self.settings.measures and "edge" in spec.condition:
+            self._edges = self.conditions[spec.condition.index("edge")]
         self.conditions = ()
-        self.request = replace(self.request, source=None, conditions=(), start=None)
+        self.request = replace(self.request, source=None, conditions=(), masks=None, start=None)
         if clip is not None:
             self.clip = replace(clip, frames=clip.frames[:1].copy(), timestamps_s=clip.timestamps_s[:1])
+
+    def _masks(self, width: int, height: int, frames: int) -> NDArray[np.bool_] | None:
+        """The foreground as the mask video has it: bright is foreground."""
+        from t2vz.conditions import fit_condition
+        from t2vz.media.decode import decode
+
+        if self.spec.mask_video is None:
+            return None
+        clip = decode(
+            self.spec.mask_video,
+            video_length=frames,
+            width=width,
+            height=height,
+            condition_video=True,
+            limits=self.settings.limits,
+            workspace=self.workspace,
+        )
+        pictures, warnings = fit_condition(clip.frames, frames)
+        self._warn(*clip.warnings, *warnings)
+        return np.stack([picture.max(axis=-1) >= 128 for picture in pictures])
+
+    def _segment(self, frames: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        from t2vz.conditions.segmentation import foreground
+
+        assert self.spec.segmentation_model is not None
+        return foreground(frames, self.spec.segmentation_model, device=self._device())
 
     @property
     def _snapshot_path(self) -> Path:
@@ -321,7 +369,7 @@ class Render:
         spec, clip, latents = self.spec, self.clip, self.generated.latents
         cell = self.components.cell_px
         encoded = encode(
-            self._unless_stopping(vae.decode(self.components.vae, latents)),
+            self._measured(self._unless_stopping(vae.decode(self.components.vae, latents))),
             self.workspace / f"video-{self.attempts['encode']}",
             width=latents.shape[-1] * cell,
             height=latents.shape[-2] * cell,
@@ -339,6 +387,38 @@ class Render:
         for batch in batches:
             self.settings.check_stopping()
             yield batch
+
+    def _measured(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+        """The same batches, measured as they pass if the run asks for it. What can't be measured is a warning."""
+        if not self.settings.measures:
+            yield from batches
+            return
+        from t2vz.quality import Meter
+
+        spec, meter = self.spec, None
+        try:
+            meter = Meter(
+                chunk_size=spec.chunk_size,
+                edges=self._edges,
+                canny=(spec.canny_low, spec.canny_high),
+                prompt=spec.prompt,
+                clip_model=self.settings.clip_model,
+                device=self.device,
+            )
+        except Exception as error:
+            self._not_measured(error)
+        for batch in batches:
+            if meter is not None:
+                try:
+                    meter.add(batch)
+                except Exception as error:
+                    self._not_measured(error)
+                    meter = None
+            yield batch
+        self.quality = {} if meter is None else meter.values()
+
+    def _not_measured(self, error: Exception) -> None:
+        self._warn(f"the quality could not be measured ({translate(error, 'quality').message})")
 
     def _warn(self, *warnings: str) -> None:
         for warning in warnings:
@@ -392,10 +472,10 @@ class Render:
             "model": spec.model,
             "model_revision": job.model_revision,
             "controlnets": self._controlnets(),
-            "loras": (),
+            "loras": spec.lora,
             "scheduler": spec.scheduler_name,
             "dtype": spec.dtype,
-            "source_uri": spec.source or spec.condition_video,
+            "source_uri": "+".join(spec.sources) or None,
             "source_fingerprint": job.source_fingerprint,
             "decoder": self.clip.decoder if self.clip is not None else None,
             "decode_s": self.seconds.get("decode"),
@@ -407,6 +487,7 @@ class Render:
             "unet_evaluations": self.generated.evaluations if self.generated is not None else None,
             "device": self.device or None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
+            "quality": json.dumps(self.quality) if self.quality else None,
         }
         if error is not None:
             return ResultRow(**row, **_failure(error))

@@ -20,15 +20,22 @@ ConditionName = Literal["edge", "depth", "pose", "openpose", "hed", "lineart", "
 SchedulerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"]
 Format = Literal["mp4", "webm", "gif", "png", "mkv"]
 Codec = Literal["h264", "hevc", "vp9", "ffv1"]
+Anchor = Literal["first", "first_previous", "scene"]
 
 # Raised when a change of the engine changes the frames: every job then counts as not done.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
+
+# Of a text row that doesn't say: the paper's demo. There is no source to take them from.
+TEXT_FRAMES = 8
+TEXT_FPS = Fraction(4)
 
 _MAX_SEED = 2**63 - 1  # the results table keeps seeds as int64
 
 
 def _parts(value: Any) -> Any:
-    """ "edge+depth" → ("edge", "depth"), as cells hold several values joined by `+`."""
+    """ "edge+depth" → ("edge", "depth"), as cells hold several values joined by `+`; a number alone stands for one."""
+    if isinstance(value, int | float):
+        return (value,)
     return tuple(part.strip() for part in value.split("+")) if isinstance(value, str) else value
 
 
@@ -95,6 +102,28 @@ class JobSpec(BaseModel):
         "ControlNet of each condition, joined by `+`; the model family's usual ones if absent",
         modes="control",
     )
+    control_guidance_start: Annotated[tuple[float, ...], BeforeValidator(_parts)] = _column(
+        (0.0,), "part of the steps from which each condition acts, joined by `+`; one value serves all", modes="control"
+    )
+    control_guidance_end: Annotated[tuple[float, ...], BeforeValidator(_parts)] = _column(
+        (1.0,), "part of the steps up to which it acts", modes="control"
+    )
+    lora: Annotated[tuple[str, ...], BeforeValidator(_parts)] = _column(
+        (), "LoRA files (.safetensors), folders or hub ids, joined by `+`"
+    )
+    lora_scale: Annotated[tuple[float, ...], BeforeValidator(_parts)] = _column(
+        (1.0,), "weight of each LoRA, joined by `+`; one value serves all"
+    )
+    textual_inversion: Annotated[tuple[str, ...], BeforeValidator(_parts)] = _column(
+        (), "embeddings of new words (.safetensors files, folders or hub ids), joined by `+`"
+    )
+    ip_adapter: str | None = _column(None, "IP-Adapter weights (.safetensors), for a picture as part of the prompt")
+    ip_adapter_image: str | None = _column(None, "that picture; relative to the manifest")
+    ip_adapter_scale: float = _column(1.0, "weight of the picture", ge=0, le=10)
+    image_encoder: str | None = _column(
+        None, "CLIP vision model of the IP-Adapter; the folder `image_encoder` beside its file if absent"
+    )
+    vae: str | None = _column(None, "a VAE (folder, .safetensors file or hub id) instead of the model's own")
     depth_model: str | None = _column(None, "depth estimator (transformers) for `depth`", modes="control")
     pose_model: str | None = _column(None, "pose estimator (VitPose in transformers) for `pose`", modes="control")
     person_detector: str | None = _column(None, "person detector (transformers) for `pose`", modes="control")
@@ -165,9 +194,68 @@ class JobSpec(BaseModel):
         "how latents are moved: whole cells (the paper) or sub-pixel with variance kept",
         modes="text",
     )
+    pan_x_per_s: float = _column(0.0, "camera to the right, in shorter sides", unit="1/s", modes="text", ge=-10, le=10)
+    pan_y_per_s: float = _column(0.0, "camera down, in shorter sides", unit="1/s", modes="text", ge=-10, le=10)
+    zoom_per_s: float = _column(
+        1.0, "camera closer: factor of the picture's scale", unit="1/s", modes="text", ge=0.1, le=10
+    )
+    rotation_deg_per_s: float = _column(
+        0.0, "camera turning, the picture counter-clockwise", unit="°/s", modes="text", ge=-360, le=360
+    )
+    camera_path: str | None = _column(
+        None,
+        "keyframes `seconds: x y zoom degrees; …` of the camera (x, y in shorter sides), instead of steady motion",
+        modes="text",
+    )
+    motion_bound: float | None = _column(
+        None,
+        "how far motion may carry the picture, in shorter sides; there it turns back. Unbounded if absent",
+        modes="text",
+        gt=0,
+        le=10,
+    )
+    motion_dynamics: bool = _column(
+        True, "off: every frame starts from noise of its own (the paper's ablation)", modes="text"
+    )
+    cross_frame_attention: bool = _column(True, "off: every frame attends to itself (the paper's ablation)")
+    attention_anchor: Anchor = _column(
+        "first",
+        "frames whose keys and values all attend to: the first (the paper), also the one before, "
+        "or the first of each scene of the source",
+    )
+    background_smoothing: float | None = _column(
+        None,
+        "weight a of a frame's own background (the paper's eq. 10; 0.4 there); no smoothing if absent",
+        modes="text",
+        ge=0,
+        le=1,
+    )
+    foreground_mask: str | None = _column(
+        None,
+        "what smoothing spares: `attention` (the words of `foreground`), `segmentation` (a model), or a mask video",
+        modes="text",
+    )
+    foreground: str | None = _column(
+        None, "words of the prompt that are the foreground; its nouns can't be told, so all if absent", modes="text"
+    )
+    segmentation_model: str | None = _column(
+        None, "transformers model for `foreground_mask=segmentation`", modes="text"
+    )
+    guidance_end: float = _column(
+        1.0, "part of the steps after which guidance is switched off: faster, not the same frames", gt=0, le=1
+    )
+    token_merging_ratio: float = _column(
+        0.0, "part of the attention's tokens that are merged: faster, not the same frames", ge=0, le=0.75
+    )
     seed: int | None = _column(None, "seed of all noise; drawn from the job's id if absent", ge=0, le=_MAX_SEED)
     chunk_size: int = _column(8, "frames denoised at once; memory and speed only, never the frames", ge=1, le=1000)
     dtype: Literal["float32", "float16", "bfloat16"] = _column("float32", "arithmetic of the models")
+    offload: bool = _column(
+        False, "keep the parts of the model in the host's memory while they are not at work; slower, the same frames"
+    )
+    vae_tiling: bool = _column(
+        False, "encode and decode in overlapping tiles: for frames too large for the VAE at once"
+    )
     format: Format = _column("mp4", "container; `png` is a folder of images, `mkv` is lossless (FFV1)")
     codec: Codec | None = _column(None, "h264 or hevc in mp4, vp9 in webm, ffv1 in mkv; the format's first if absent")
     crf: int | None = _column(None, "quality, lower is better; 18 for h264 and hevc, 24 for vp9", ge=0, le=63)
@@ -197,8 +285,48 @@ class JobSpec(BaseModel):
     @property
     def scales(self) -> tuple[float, ...]:
         """One ControlNet weight for each condition."""
-        given = self.controlnet_conditioning_scale
-        return given * len(self.condition) if len(given) == 1 else given
+        return _for_each(self.condition, self.controlnet_conditioning_scale)
+
+    @property
+    def control_spans(self) -> tuple[tuple[float, float], ...]:
+        """(start, end) of each condition, as parts of the steps."""
+        starts = _for_each(self.condition, self.control_guidance_start)
+        return tuple(zip(starts, _for_each(self.condition, self.control_guidance_end), strict=True))
+
+    @property
+    def lora_scales(self) -> tuple[float, ...]:
+        """One weight for each LoRA."""
+        return _for_each(self.lora, self.lora_scale)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All files that the frames are made from."""
+        return tuple(filter(None, (self.condition_video or self.source, self.mask_video, self.ip_adapter_image)))
+
+    @property
+    def mask_video(self) -> str | None:
+        """The foreground's mask video, if that is what `foreground_mask` names."""
+        return None if self.foreground_mask in (None, *MASK_SOURCES) else self.foreground_mask
+
+    @property
+    def moves_camera(self) -> bool:
+        """True if the camera columns move the picture instead of motion_field_strength."""
+        return not self.model_fields_set.isdisjoint(_CAMERA)
+
+
+def _for_each(of: tuple[str, ...], given: tuple[float, ...]) -> tuple[float, ...]:
+    return given * len(of) if len(given) == 1 else given
+
+
+# Columns that name sources (files the frames are made from) and models, which many rows share. Several are joined by +.
+SOURCE_COLUMNS = ("source", "condition_video", "foreground_mask", "ip_adapter_image")
+MODEL_COLUMNS = (
+    *("model", "base_config", "controlnet", "lora", "textual_inversion", "ip_adapter", "image_encoder", "vae"),
+    *("depth_model", "pose_model", "person_detector", "annotators", "segmentation_model"),
+)
+# What may stand in `foreground_mask` beside the name of a mask video.
+MASK_SOURCES = ("attention", "segmentation")
+_CAMERA = ("pan_x_per_s", "pan_y_per_s", "zoom_per_s", "rotation_deg_per_s", "camera_path")
 
 
 COLUMN_MODES: dict[str, frozenset[str]] = {
@@ -229,8 +357,17 @@ def evaluations(spec: JobSpec, frames: int) -> int:
     steps = spec.num_inference_steps
     if spec.mode != "text" or frames == 1:
         return steps * frames
+    if not spec.motion_dynamics:
+        return steps * frames
     t0, t1 = t0_t1(spec)
-    return (steps - 1 - t0) + (t1 + 1) * frames
+    return (steps - 1 - t0) + (t1 + 1) * frames + smoothing_evaluations(spec, frames)
+
+
+def smoothing_evaluations(spec: JobSpec, frames: int) -> int:
+    """What a foreground mask costs: nothing if a video gives it, else a first look at the anchor or all frames."""
+    if spec.background_smoothing is None or spec.mask_video is not None:
+        return 0
+    return (t0_t1(spec)[1] + 1) * (1 if spec.foreground_mask == "attention" else frames)
 
 
 def t0_t1(spec: JobSpec) -> tuple[int, int]:
@@ -255,6 +392,12 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("num_inference_steps", "must be at most 50 with lcm, which was distilled from 50"))
     if spec.end_s is not None and spec.end_s <= spec.start_s:
         bad.append(("end_s", f"must be after start_s ({spec.start_s:g})"))
+    if spec.model_fields_set & _MODEL_PARTS:
+        bad += _model_disagreements(spec)
+    if spec.attention_anchor != "first" and not spec.cross_frame_attention:
+        bad.append(("attention_anchor", "has no effect without cross_frame_attention"))
+    if spec.attention_anchor == "scene" and spec.source is None:
+        bad.append(("attention_anchor", "can be scene where there is a source, whose scenes it means"))
     if mode == "text":
         bad += _text_disagreements(spec)
     elif mode == "control":
@@ -266,18 +409,105 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
     return bad
 
 
+_IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale", "image_encoder")
+_MODEL_PARTS = frozenset(("lora", "lora_scale", "ip_adapter", *_IP_ADAPTER))
+
+
+def _model_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
+    bad: list[tuple[str, str]] = []
+    if spec.lora and len(spec.lora_scale) not in (1, len(spec.lora)):
+        bad.append(("lora_scale", f"has another count of values than lora ({len(spec.lora)})"))
+    if "lora_scale" in spec.model_fields_set and not spec.lora:
+        bad.append(("lora_scale", "has no effect without lora"))
+    if not all(-10 <= scale <= 10 for scale in spec.lora_scale):
+        bad.append(("lora_scale", "must be between -10 and 10"))
+    if spec.ip_adapter is None:
+        bad += [(name, "has no effect without ip_adapter") for name in _IP_ADAPTER if name in spec.model_fields_set]
+    elif spec.ip_adapter_image is None:
+        bad.append(("ip_adapter_image", "is needed with ip_adapter: the picture"))
+    return bad
+
+
 def _text_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
-    if spec.num_inference_steps < 3 and (spec.video_length or 8) > 1:
+    if spec.num_inference_steps < 3 and (spec.video_length or TEXT_FRAMES) > 1:
         return [("num_inference_steps", "must be at least 3 in text mode: motion dynamics needs two noise levels")]
-    if spec.t0 is None and spec.t1 is None:
-        return []
+    bad = _motion_disagreements(spec) if spec.model_fields_set & _MOTION else []
+    if not spec.motion_dynamics or (spec.t0 is None and spec.t1 is None):
+        return bad
     last = spec.num_inference_steps - 1
     t0, t1 = t0_t1(spec)
     if t1 > last:
-        return [("t1", f"must be at most num_inference_steps - 1 ({last})")]
-    if t0 >= t1:
-        return [("t0", f"must be below t1 ({t1}): t1 is the noisier end")]
-    return []
+        bad.append(("t1", f"must be at most num_inference_steps - 1 ({last})"))
+    elif t0 >= t1:
+        bad.append(("t0", f"must be below t1 ({t1}): t1 is the noisier end"))
+    return bad
+
+
+_STRENGTHS = ("motion_field_strength_x", "motion_field_strength_y")
+_SMOOTHING = ("foreground_mask", "foreground", "segmentation_model")
+_MOTION = frozenset((*_CAMERA, *_SMOOTHING, "motion_dynamics", "background_smoothing", "motion_bound"))
+
+
+def _motion_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
+    bad: list[tuple[str, str]] = []
+    given = spec.model_fields_set
+    if spec.moves_camera:
+        bad += [
+            (name, "can't be used with the camera's columns: both say how to move")
+            for name in _STRENGTHS
+            if name in given
+        ]
+        steady = [name for name in _CAMERA if name in given and name != "camera_path"]
+        if spec.camera_path is not None:
+            bad += [(name, "can't be used with camera_path, which says it all") for name in steady]
+            bad += [("camera_path", reason) for reason in [_path_problem(spec.camera_path)] if reason]
+    if not spec.motion_dynamics:
+        moving = [*_CAMERA, *_STRENGTHS, "t0", "t1", "warp", "motion_bound", "background_smoothing"]
+        bad += [(name, "has no effect without motion_dynamics") for name in moving if name in given]
+    if spec.background_smoothing is None:
+        bad += [(name, "has no effect without background_smoothing") for name in _SMOOTHING if name in given]
+        return bad
+    if spec.foreground_mask is None:
+        bad.append(("foreground_mask", "is needed for background_smoothing: attention, segmentation or a mask video"))
+    if spec.foreground is not None and spec.foreground_mask != "attention":
+        bad.append(("foreground", "is used with foreground_mask=attention only"))
+    if spec.foreground is not None and spec.foreground.lower() not in spec.prompt.lower():
+        bad.append(("foreground", "must be words of the prompt, as they stand there"))
+    if (spec.segmentation_model is not None) != (spec.foreground_mask == "segmentation"):
+        bad.append(("segmentation_model", "is needed with foreground_mask=segmentation, and only there"))
+    return bad
+
+
+Keyframe = tuple[float, float, float, float, float]
+
+
+def keyframes(path: str) -> tuple[Keyframe, ...]:
+    """`camera_path` read: (seconds, x, y, zoom, degrees) of each keyframe. Raises ValueError saying what is wrong."""
+    frames: list[Keyframe] = []
+    for part in filter(None, (part.strip() for part in path.split(";"))):
+        when, colon, where = part.partition(":")
+        try:
+            second, x, y, zoom, degrees = (float(number) for number in (when, *where.split()))
+        except ValueError:
+            colon = ""
+        if not colon:
+            raise ValueError(f"“{part}” is not `seconds: x y zoom degrees`, four numbers after the colon")
+        if not all(abs(number) <= 1e6 for number in (second, x, y, zoom, degrees)) or not 0.01 <= zoom <= 100:
+            raise ValueError(f"“{part}”: zoom must be between 0.01 and 100, the others of sane size")
+        if second < 0 or (frames and second <= frames[-1][0]):
+            raise ValueError(f"“{part}”: its seconds must be 0 or more, and rise from keyframe to keyframe")
+        frames.append((second, x, y, zoom, degrees))
+    if not frames:
+        raise ValueError("names no keyframe")
+    return tuple(frames)
+
+
+def _path_problem(path: str) -> str | None:
+    try:
+        keyframes(path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _control_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
@@ -297,6 +527,12 @@ def _control_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("controlnet_conditioning_scale", f"has another count of values than condition ({n})"))
     if not all(0 <= scale <= 10 for scale in spec.controlnet_conditioning_scale):
         bad.append(("controlnet_conditioning_scale", "must be between 0 and 10"))
+    spans = [name for name in ("control_guidance_start", "control_guidance_end") if name in spec.model_fields_set]
+    for name in spans:
+        if n and len(getattr(spec, name)) not in (1, n):
+            return [*bad, (name, f"has another count of values than condition ({n})")]
+    if n and spans and not all(0 <= start < end <= 1 for start, end in spec.control_spans):
+        bad.append((spans[-1], "must be parts of the steps, 0 ≤ start < end ≤ 1"))
     if spec.controlnet and len(spec.controlnet) != n:
         bad.append(("controlnet", f"has another count of values than condition ({n})"))
     if spec.canny_low > spec.canny_high:
@@ -328,8 +564,8 @@ def _encoding_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
 # the identity by their content's fingerprint, wherever they lie.
 _NOT_IN_IDENTITY = frozenset(
     (
-        *("chunk_size", "source", "condition_video", "model", "revision", "base_config", "controlnet"),
-        *("depth_model", "pose_model", "person_detector", "annotators"),
+        *MODEL_COLUMNS,
+        *("source", "condition_video", "ip_adapter_image", "revision", "chunk_size", "offload"),
     )
 )
 
@@ -342,6 +578,8 @@ def canonical(spec: JobSpec) -> dict[str, Any]:
             continue
         out[name] = str(value) if isinstance(value, Fraction) else value
     out["scheduler"] = spec.scheduler_name
+    if spec.mask_video is not None:
+        out["foreground_mask"] = "video"
     return out
 
 
@@ -353,7 +591,7 @@ def job_id(spec: JobSpec, model_revision: str, source_fingerprint: str | None) -
     """Identity of the work: 32 hex digits, the same for the same row, model and source wherever they lie.
 
     model_revision: what identifies the weights (commit, or fingerprint of the files), ControlNets included.
-    source_fingerprint: of `source` or `condition_video`; None in text mode.
+    source_fingerprint: of `spec.sources`, joined by `+`; None if there are none.
     """
     return _identity(canonical(spec), model_revision, source_fingerprint)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from t2vz.spec import JobSpec, default_t0_t1, evaluations, job_id, seed_of, t0_t1
+from t2vz.spec import JobSpec, default_t0_t1, evaluations, job_id, keyframes, seed_of, t0_t1
 
 
 def id_of(**columns: object) -> str:
@@ -45,6 +45,52 @@ def test_what_does_not_change_the_frames_is_not_in_the_identity(columns):
 )
 def test_what_changes_the_video_is_in_the_identity(columns):
     assert id_of(**columns) != id_of()
+
+
+def test_one_weight_and_one_span_serve_all_or_each_has_its_own():
+    spec = JobSpec(
+        prompt="x",
+        lora="a + b",
+        lora_scale="0.5",
+        mode="control",
+        source="s",
+        condition="edge+depth",
+        control_guidance_start="0+0.25",
+        control_guidance_end=0.75,
+    )
+    assert spec.lora_scales == (0.5, 0.5)
+    assert spec.control_spans == ((0.0, 0.75), (0.25, 0.75))
+
+
+def test_the_keyframes_of_a_camera_path():
+    assert keyframes("0: 0 0 1 0; 1.5: .2 -0.1 1.1 -5;") == ((0, 0, 0, 1, 0), (1.5, 0.2, -0.1, 1.1, -5))
+    assert JobSpec(prompt="x", camera_path="0: 0 0 1 0").moves_camera
+    assert not JobSpec(prompt="x", motion_field_strength_x=3).moves_camera
+
+
+@pytest.mark.parametrize(
+    ("columns", "count"),
+    [
+        ({"motion_dynamics": False}, 50 * 8),
+        ({"background_smoothing": 0.4, "foreground_mask": "masks.mp4"}, 389),
+        ({"background_smoothing": 0.4, "foreground_mask": "attention"}, 389 + 48),
+        ({"background_smoothing": 0.4, "foreground_mask": "segmentation", "segmentation_model": "m"}, 389 + 48 * 8),
+        ({"attention_anchor": "first_previous"}, 389),
+        ({"guidance_end": 0.5}, 389),
+    ],
+)
+def test_what_options_cost_in_evaluations(columns, count):
+    assert evaluations(JobSpec(prompt="x", **columns), 8) == count
+
+
+def test_a_mask_video_is_in_the_identity_by_its_content():
+    columns = {"background_smoothing": 0.4}
+    one, other = (JobSpec(prompt="x", foreground_mask=name, **columns) for name in ("a.mp4", "b.mp4"))
+    assert one.sources == ("a.mp4",)
+    assert job_id(one, "m", "s") == job_id(other, "m", "s") != job_id(other, "m", "t")
+    drawn = JobSpec(prompt="x", foreground_mask="attention", **columns)
+    assert drawn.sources == ()
+    assert job_id(drawn, "m", "s") != job_id(one, "m", "s")
 
 
 def test_model_and_source_are_in_the_identity():
@@ -130,6 +176,40 @@ def columns_that_disagree(**columns: object) -> set[str]:
         ({"format": "gif", "crf": 20}, {"crf"}),
         ({"crf": 60}, {"crf"}),
         ({"prompt": "  "}, {"prompt"}),
+        ({"lora_scale": "0.5"}, {"lora_scale"}),
+        ({"lora": "a+b+c", "lora_scale": "0.5+1"}, {"lora_scale"}),
+        ({"ip_adapter": "a.safetensors"}, {"ip_adapter_image"}),
+        ({"ip_adapter_image": "a.png"}, {"ip_adapter_image"}),
+        ({"cross_frame_attention": False, "attention_anchor": "first_previous"}, {"attention_anchor"}),
+        ({"attention_anchor": "scene"}, {"attention_anchor"}),
+        ({"zoom_per_s": 1.2, "motion_field_strength_x": 3}, {"motion_field_strength_x"}),
+        ({"zoom_per_s": 1.2, "camera_path": "0: 0 0 1 0"}, {"zoom_per_s"}),
+        ({"camera_path": "0: 0 0 1"}, {"camera_path"}),
+        ({"camera_path": "1: 0 0 1 0; 1: 0 0 1 0"}, {"camera_path"}),
+        ({"camera_path": "0: 0 0 0 0"}, {"camera_path"}),
+        ({"camera_path": ";"}, {"camera_path"}),
+        ({"motion_dynamics": False, "t1": 40, "warp": "subpixel"}, {"t1", "warp"}),
+        ({"foreground_mask": "attention"}, {"foreground_mask"}),
+        ({"background_smoothing": 0.4}, {"foreground_mask"}),
+        (
+            {"background_smoothing": 0.4, "foreground_mask": "segmentation", "foreground": "x"},
+            {"foreground", "segmentation_model"},
+        ),
+        ({"background_smoothing": 0.4, "foreground_mask": "attention", "foreground": "cat"}, {"foreground"}),
+        (
+            {"mode": "control", "source": "a", "condition": "edge", "control_guidance_end": "0.5+1"},
+            {"control_guidance_end"},
+        ),
+        (
+            {
+                "mode": "control",
+                "source": "a",
+                "condition": "edge",
+                "control_guidance_start": 0.5,
+                "control_guidance_end": 0.5,
+            },
+            {"control_guidance_end"},
+        ),
     ],
 )
 def test_columns_that_do_not_fit_together_are_named(columns, blamed):

@@ -7,7 +7,7 @@ values are alive. So memory does not grow with the clip, and the result does not
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from t2vz.engine import noise, schedule
 from t2vz.engine.attention import AnchorState
-from t2vz.engine.guidance import Guide
+from t2vz.engine.guidance import Guide, unguided
 from t2vz.errors import InvalidFrames, OutOfDeviceMemory, is_out_of_memory
 
 OnStep = Callable[[int], None]
@@ -30,19 +30,26 @@ class Control:
     """One ControlNet with its condition.
 
     frames: uint8 (F, H, W, 3), RGB. scale: weight of its residuals.
+    span: (start, end), the part of the steps in which it acts.
     """
 
     model: nn.Module
     frames: NDArray[np.uint8]
     scale: float
+    span: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass
 class Denoiser:
     """A UNet, its ControlNets and what conditions them: predicts the noise in some frames of a clip.
 
-    text: (B, m, c), one prompt embedding a guidance branch.
+    text: (B, m, c), one prompt embedding a guidance branch, the prompt's own last.
     guide: joins the branches' predictions.
+    steps: S, of the whole denoising.
+    added: what the family conditions on beside: "text_embeds" (B, p) and "time_ids" (B, 6) of SDXL, "image_embeds",
+        a list of (B, images, …), of IP-Adapters.
+    guided_part: the part of the steps after which the prompt's branch goes on alone.
+    anchors: frames whose keys and values all those up to the next of them attend to.
     image_latents: (F, C, h, w), the source frames of an InstructPix2Pix UNet, and image_branches: for each
         branch, 1 to show it the source frame or 0 to show it zeros.
     evaluations: frames evaluated so far.
@@ -52,40 +59,68 @@ class Denoiser:
     state: AnchorState
     text: Tensor
     guide: Guide
+    steps: int
+    added: dict[str, Any] = field(default_factory=dict)
+    guided_part: float = 1.0
+    anchors: tuple[int, ...] = (0,)
     controls: tuple[Control, ...] = ()
     image_latents: Tensor | None = None
     image_branches: tuple[float, ...] = ()
     evaluations: int = field(default=0, init=False)
 
-    def __call__(self, x: Tensor, t: Tensor, frames: slice) -> Tensor:
-        """x: float32 (f, C, h, w), scaled as the scheduler asks. Returns the guided prediction, the same shape.
+    def chunk(self, start: int, size: int, count: int) -> slice:
+        """The frames to evaluate together from `start` on: at most `size` of `count`, and of one anchor."""
+        later = [anchor for anchor in self.anchors if anchor > start]
+        return slice(start, min([start + size, count, *later]))
 
-        The slice must hold the anchor (frame 0) exactly if it starts a new step.
+    def __call__(self, x: Tensor, t: Tensor, frames: slice, step: int) -> Tensor:
+        """x: float32 (f, C, h, w), scaled as the scheduler asks, at step number `step`. Returns the guided
+        prediction, the same shape. Within a step the slices come in order, each from `chunk`.
         """
-        self.state.write = frames.start == 0
-        branches, dtype = len(self.text), self.text.dtype
-        sample = x.to(dtype).repeat(branches, 1, 1, 1)
-        residuals = self._control(sample, t, frames)
+        guided = step < self.guided_part * self.steps
+        first = 0 if guided else len(self.text) - 1
+        text, branches = self.text[first:], len(self.text) - first
+        self.state.select(branches)
+        self.state.write = frames.start in self.anchors
+        sample = x.to(text.dtype).repeat(branches, 1, 1, 1)
+        # `text` stays one a branch: the attention layers share it among the frames. The rest goes to each frame.
+        given: dict[str, Any] = {
+            name: value[first:].repeat_interleave(len(x), 0)
+            for name, value in self.added.items()
+            if name != "image_embeds"
+        }
+        residuals = self._control(sample, t, text, frames, step, given)
+        if "image_embeds" in self.added:
+            given["image_embeds"] = [embeds[first:] for embeds in self.added["image_embeds"]]
         if self.image_latents is not None:
-            shown = torch.tensor(self.image_branches, dtype=dtype, device=x.device).view(-1, 1, 1, 1, 1)
-            image = (shown * self.image_latents[frames].to(x.device, dtype)).flatten(0, 1)
+            shown = torch.tensor(self.image_branches[first:], dtype=text.dtype, device=x.device).view(-1, 1, 1, 1, 1)
+            image = (shown * self.image_latents[frames].to(x.device, text.dtype)).flatten(0, 1)
             sample = torch.cat([sample, image], dim=1)
-        prediction = self.unet(sample, t, encoder_hidden_states=self.text, return_dict=False, **residuals)[0]
+        prediction = self.unet(
+            sample, t, encoder_hidden_states=text, added_cond_kwargs=given, return_dict=False, **residuals
+        )[0]
+        self.state.commit()
         self.evaluations += len(x)
-        return self.guide(prediction.to(torch.float32).unflatten(0, (branches, -1)))
+        return (self.guide if guided else unguided)(prediction.to(torch.float32).unflatten(0, (branches, -1)))
 
-    def _control(self, sample: Tensor, t: Tensor, frames: slice) -> dict[str, Any]:
+    def _control(
+        self, sample: Tensor, t: Tensor, text: Tensor, frames: slice, step: int, given: dict[str, Any]
+    ) -> dict[str, Any]:
         down: list[Tensor] = []
         mid: Tensor | None = None
         for control in self.controls:
+            # As diffusers has control_guidance_start and _end.
+            if step / self.steps < control.span[0] or (step + 1) / self.steps > control.span[1]:
+                continue
             picture = torch.from_numpy(np.ascontiguousarray(control.frames[frames])).to(sample.device)
-            picture = (picture.permute(0, 3, 1, 2).to(sample.dtype) / 255).repeat(len(self.text), 1, 1, 1)
+            picture = (picture.permute(0, 3, 1, 2).to(sample.dtype) / 255).repeat(len(text), 1, 1, 1)
             more_down, more_mid = control.model(
                 sample,
                 t,
-                encoder_hidden_states=self.text,
+                encoder_hidden_states=text,
                 controlnet_cond=picture,
                 conditioning_scale=control.scale,
+                added_cond_kwargs=given,
                 return_dict=False,
             )
             down = [a + b for a, b in zip(down, more_down, strict=True)] if down else list(more_down)
@@ -118,28 +153,32 @@ def denoise(
     seed: int,
     chunk_size: int,
     on_step: OnStep,
+    indices: Sequence[int] | None = None,
     start: Snapshot | None = None,
     on_snapshot: OnSnapshot = lambda take: None,
 ) -> Tensor:
     """Take all frames through the scheduler's steps number steps[0] … steps[-1], in lockstep.
 
-    latents: float32 (F, C, h, w) at the noise level before the first of the steps; frame 0 is the anchor.
+    latents: float32 (F, C, h, w) at the noise level before the first of the steps; frame 0 is an anchor.
     scheduler: fresh, at that step (`schedule.make_scheduler`).
     seed: keys the noise of stochastic samplers.
     on_step: called with the number of evaluations since its last call, after each chunk.
+    indices: number of each frame in its clip, where these are some of a clip's: it keys the noise.
     start: a snapshot of this same denoising to go on from, instead of `latents`.
     on_snapshot: called after each step with a function that takes a snapshot.
     Returns the latents after the last step. When device memory runs out, the chunk is halved and done again.
     Raises OutOfDeviceMemory if one frame alone is too much, InvalidFrames on NaN or infinity.
     """
+    indices = range(len(latents)) if indices is None else indices
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     if start is not None:
         steps, latents = range(start.step, steps.stop), start.latents.to(latents.device)
         schedule.restore(scheduler, start.scheduler, latents.device)
     for step in steps:
         t = scheduler.timesteps[step].to(latents.device)
-        prediction, chunk_size = _predict(denoiser, scheduler.scale_model_input(latents, t), t, chunk_size, on_step)
-        noises = [noise.generator(seed, "step", frame, step) for frame in range(len(latents))]
+        scaled = scheduler.scale_model_input(latents, t)
+        prediction, chunk_size = _predict(denoiser, scaled, t, step, chunk_size, on_step)
+        noises = [noise.generator(seed, "step", frame, step) for frame in indices] if takes_generator else []
         extra = {"generator": noises} if takes_generator else {}
         latents = scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
         # One look a step costs a synchronisation, and saves hours of denoising nothing.
@@ -153,15 +192,17 @@ def _snapshot(step: int, latents: Tensor, scheduler: Any) -> Snapshot:
     return Snapshot(step, latents.cpu(), schedule.memory(scheduler))
 
 
-def _predict(denoiser: Denoiser, x: Tensor, t: Tensor, chunk_size: int, on_step: OnStep) -> tuple[Tensor, int]:
+def _predict(
+    denoiser: Denoiser, x: Tensor, t: Tensor, step: int, chunk_size: int, on_step: OnStep
+) -> tuple[Tensor, int]:
     """The prediction for all frames, chunk by chunk, and the chunk size that fitted into memory."""
     prediction = torch.empty_like(x)
     start = 0
     while start < len(x):
-        frames = slice(start, min(start + chunk_size, len(x)))
+        frames = denoiser.chunk(start, chunk_size, len(x))
         fits = True
         try:
-            prediction[frames] = denoiser(x[frames], t, frames)
+            prediction[frames] = denoiser(x[frames], t, frames, step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

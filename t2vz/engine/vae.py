@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from t2vz.errors import InvalidFrames, is_out_of_memory
 # Frames that the VAE takes at once. Not the row's chunk size: batches of another size round differently.
 BATCH = 2
 
-# A VAE may be shared by a row that is being generated and one that is being encoded, and `_in_float32` changes
-# it for a moment.
+# The weights of a VAE may be shared by a row that is being generated and one that is being encoded, and
+# `_finite` and offloading change them for a moment.
 _in_use = threading.Lock()
 
 
@@ -25,21 +26,43 @@ _in_use = threading.Lock()
 def encode(vae: Any, frames: NDArray[np.uint8]) -> Tensor:
     """uint8 (F, H, W, 3) → the mode of the posterior, float32 (F, C, h, w) on the VAE's device, not scaled."""
     out = []
-    for start in range(0, len(frames), BATCH):
-        batch = torch.from_numpy(np.ascontiguousarray(frames[start : start + BATCH])).to(vae.device)
-        picture = batch.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-        out.append(_computed(vae, picture, lambda x: vae.encode(x).latent_dist.mode()))
+    with _at_work(vae) as device:
+        for start in range(0, len(frames), BATCH):
+            batch = torch.from_numpy(np.ascontiguousarray(frames[start : start + BATCH])).to(device)
+            picture = batch.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+            out.append(_computed(vae, picture, lambda x: vae.encode(x).latent_dist.mode()))
     return torch.cat(out)
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Iterator[NDArray[np.uint8]]:
     """Latents as the UNet makes them, float32 (F, C, h, w) → batches of uint8 (f, H, W, 3), RGB, in order."""
-    for batch in latents.split(BATCH):
-        z = batch.to(vae.device) / vae.config.scaling_factor
-        picture = _computed(vae, z, lambda x: vae.decode(x, return_dict=False)[0])
-        levels = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        yield levels.permute(0, 2, 3, 1).cpu().numpy()
+    with _at_work(vae) as device:
+        for batch in latents.split(BATCH):
+            z = batch.to(device) / vae.config.scaling_factor
+            picture = _computed(vae, z, lambda x: vae.decode(x, return_dict=False)[0])
+            levels = (picture * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+            yield levels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def offloaded(vae: Any, device: torch.device) -> Any:
+    """The VAE, from now on in the host's memory; `encode` and `decode` bring it to the device and send it home."""
+    from accelerate import cpu_offload_with_hook
+
+    with _in_use:
+        return cpu_offload_with_hook(vae, device)[0]
+
+
+@contextmanager
+def _at_work(vae: Any) -> Iterator[torch.device]:
+    """The device that it computes on. An offloaded one comes there by itself, with the call, and is sent home here."""
+    hook = getattr(vae, "_hf_hook", None)
+    try:
+        yield vae.device if hook is None else torch.device(hook.execution_device)
+    finally:
+        if hook is not None:
+            with _in_use:
+                hook.init_hook(vae)
 
 
 def _computed(vae: Any, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -58,7 +81,7 @@ def _finite(vae: Any, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
     with _in_use:
         dtype = vae.dtype
         out = compute(x.to(dtype)).float()
-        if not torch.isfinite(out).all() and dtype != torch.float32:
+        if dtype != torch.float32 and _suspicious(out):
             vae.to(torch.float32)
             try:
                 out = compute(x.float())
@@ -67,3 +90,9 @@ def _finite(vae: Any, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
     if not torch.isfinite(out).all():
         raise InvalidFrames("the VAE gives NaN or infinite values, in float32 too: its weights may be damaged")
     return out
+
+
+def _suspicious(out: Tensor) -> bool:
+    """NaN, infinity, or a frame that is black throughout. That may be meant: float32 will show the same then."""
+    black = (out <= -1).flatten(1).all(1).any()
+    return bool(black | ~torch.isfinite(out).all())

@@ -63,8 +63,8 @@ def _present_commit(reference: str, wanted: str | None) -> str:
 
 
 @contextmanager
-def loading(reference: str) -> Iterator[None]:
-    """Whatever a library raises over a model's files, as one ModelError that names the model. Raises
+def loading(reference: str, column: str = "model") -> Iterator[None]:
+    """Whatever a library raises over a model's files, as one ModelError that names the model and its column. Raises
     OutOfDeviceMemory and DeviceLost too."""
     try:
         yield
@@ -75,7 +75,7 @@ def loading(reference: str) -> Iterator[None]:
         if isinstance(ours, (OutOfDeviceMemory, DeviceLost)):
             raise ours from error
         raise ModelError(
-            f"model {shown(reference)}: can't be loaded ({type(error).__name__}: {one_line(error)}); "
+            f"{column} {shown(reference)}: can't be loaded ({type(error).__name__}: {one_line(error)}); "
             "check its files or name another"
         ) from error
 

@@ -6,60 +6,67 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from t2vz.errors import ModelError, UnsupportedModel
 from t2vz.models import LOADING, hub, table
+from t2vz.models.adapters import put_on
+from t2vz.models.components import Components, twin
 from t2vz.spec import JobSpec
 
 # Loaded models that a process keeps: one for generation beside one for edits, say.
 KEPT = 2
 
-_COVERED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
-)
-# What the parts are loaded as. Of another class the weights might load all the same, and mean something else.
-_CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+_PARTS = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+_XL_PARTS = _PARTS | {"text_encoder_2": "CLIPTextModelWithProjection"}
+# Pipelines that are covered, and what their parts are loaded as. Of another class the weights might load all the
+# same, and mean something else.
+_COVERED: dict[str, dict[str, str]] = {
+    "StableDiffusionPipeline": _PARTS,
+    "StableDiffusionControlNetPipeline": _PARTS,
+    "StableDiffusionInstructPix2PixPipeline": _PARTS,
+    "StableDiffusionXLPipeline": _XL_PARTS,
+    "StableDiffusionXLControlNetPipeline": _XL_PARTS,
+    "StableDiffusionXLInstructPix2PixPipeline": _XL_PARTS,
+}
+_XL_NATIVE_PX = 1024
 _BYTE_TOKENS = 512  # CLIP's tokenizer knows every byte, inside and at the end of a word
-
-
-@dataclass(frozen=True)
-class Components:
-    """The parts of a Stable Diffusion model, on their device and in evaluation mode.
-
-    scheduler_config: the model's own: noise schedule and prediction type.
-    controlnets: one for each condition of the row.
-    """
-
-    tokenizer: Any
-    text_encoder: Any
-    vae: Any
-    unet: Any
-    scheduler_config: dict[str, Any]
-    controlnets: tuple[Any, ...] = ()
-
-    @property
-    def cell_px(self) -> int:
-        """Side of the square of pixels that a latent cell stands for."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
 
 _cache: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
 
 def load(spec: JobSpec, device: str) -> Components:
-    """The row's model with its ControlNets on `device`. Loaded once a process while it is in use.
+    """The row's model with its ControlNets and adapters, to compute on `device`. What rows share is loaded once a
+    process while it is in use: adapters are put onto a model that stays as it is.
 
     Raises UnknownModel, UnsupportedModel, ModelError, each naming the model and what to do.
     """
-    base = _cached(
-        ("base", table.base_identity(spec), spec.mode == "edit", spec.dtype, device),
-        lambda: _load(spec, device),
-    )
+    base_key = ("base", table.base_identity(spec), spec.mode == "edit", *_place(spec, device))
+    parts = base = _cached(base_key, lambda: _load(spec, device))
+    _check_mode(base, spec)
+    adapters_key = (table.adapters_identity(spec), spec.lora_scales, spec.ip_adapter_scale)
+    if adapters_key[0]:
+        encoder = None if spec.ip_adapter is None else _image_encoder(spec, device)
+        parts = _cached(("adapters", base_key, *adapters_key), lambda: put_on(base, spec, encoder))
+    if spec.vae is not None:
+        parts = replace(parts, vae=_own_vae(spec.vae, base, spec, device))
+    if spec.mode == "control":
+        controlnets = [_controlnet(reference, base, spec, device) for reference in table.controlnet_references(spec)]
+        parts = replace(parts, controlnets=tuple(controlnets))
+    if spec.vae_tiling:
+        parts = replace(parts, vae=twin(parts.vae))
+        parts.vae.enable_tiling()
+    return _offloaded(parts) if spec.offload else parts
+
+
+def _place(spec: JobSpec, device: str) -> tuple[Any, ...]:
+    """What beside its files a loaded model depends on."""
+    return spec.dtype, device, spec.offload
+
+
+def _check_mode(base: Components, spec: JobSpec) -> None:
     expected = 8 if spec.mode == "edit" else 4
     channels = base.unet.config.in_channels
     if channels != expected:
@@ -68,12 +75,32 @@ def load(spec: JobSpec, device: str) -> Components:
             f"model {spec.model}: {kind.get(channels, f'a UNet of {channels} channels')}, "
             f"but {spec.mode} mode needs {kind[expected]}"
         )
-    if spec.mode != "control":
-        return base
-    return replace(
-        base,
-        controlnets=tuple(_controlnet(ref, base, spec, device) for ref in table.controlnet_references(spec)),
-    )
+
+
+def _offloaded(parts: Components) -> Components:
+    """The parts on twins that come to the device when they are called. Text and image encoders leave when the next
+    one is; the UNet and its ControlNets stay until `Components.release`; the VAE is `engine.vae`'s to send home, as
+    it decodes one row while another is in the UNet."""
+    from accelerate import cpu_offload_with_hook
+
+    from t2vz.engine.vae import offloaded
+
+    hooks: list[Any] = []
+
+    def hooked(module: Any, *, after: Any = None) -> Any:
+        module, hook = cpu_offload_with_hook(twin(module), parts.device, after)
+        hooks.append(hook)
+        return module
+
+    changed: dict[str, Any] = {}
+    last = None
+    for name in ("text_encoder", "text_encoder_2", "image_encoder"):
+        if getattr(parts, name) is not None:
+            changed[name] = hooked(getattr(parts, name), after=last)
+            last = hooks[-1]
+    changed["controlnets"] = tuple(hooked(model, after=last) for model in parts.controlnets)
+    changed["unet"] = hooked(parts.unet, after=last)
+    return replace(parts, **changed, vae=offloaded(twin(parts.vae), parts.device), hooks=tuple(hooks))
 
 
 def native_px(spec: JobSpec) -> int:
@@ -81,7 +108,8 @@ def native_px(spec: JobSpec) -> int:
     reference = table.model_reference(spec)
     if Path(reference).is_file():
         if spec.base_config is None:
-            return 512
+            with _loading(reference):
+                return _XL_NATIVE_PX if _is_xl_file(reference) else 512
         reference = spec.base_config
     with _loading(reference):
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -97,7 +125,8 @@ def _cached(key: tuple[Any, ...], make: Any, kept: int = KEPT) -> Any:
         if key not in _cache:
             same_kind = [k for k in _cache if k[0] == key[0]]
             for old in same_kind[: max(0, len(same_kind) - kept + 1)]:
-                del _cache[old]
+                for gone in [k for k in _cache if k == old or old in k]:  # what was put onto it holds its weights
+                    del _cache[gone]
             _cache[key] = make()
         _cache.move_to_end(key)
         return _cache[key]
@@ -107,23 +136,40 @@ def _load(spec: JobSpec, device: str) -> Components:
     reference = table.model_reference(spec)
     with _loading(reference):
         if Path(reference).is_file():
-            parts = _from_single_file(reference, spec)
+            parts = _from_single_file(reference, spec, device)
         else:
-            parts = _from_folder(table.resolve(reference), spec)
+            parts = _from_folder(table.resolve(reference), spec, device)
         # transformers makes an empty tokenizer of a folder without one; every prompt would then mean the same.
-        if len(parts.tokenizer) < _BYTE_TOKENS:
-            raise ModelError(f"model {spec.model}: no tokenizer with it; complete the model or its base_config")
-        for module in (parts.text_encoder, parts.vae, parts.unet):
-            _ready(module, spec.model, device)
+        for tokenizer in (parts.tokenizer, *([parts.tokenizer_2] if parts.is_sdxl else [])):
+            if len(tokenizer) < _BYTE_TOKENS:
+                raise ModelError(f"model {spec.model}: no tokenizer with it; complete the model or its base_config")
+        for module in (parts.text_encoder, parts.text_encoder_2, parts.unet):
+            if module is not None:
+                _ready(module, spec.model, spec, device)
+        _ready_vae(parts.vae, spec.model, spec, device, is_sdxl=parts.is_sdxl)
         return parts
 
 
-def _ready(module: Any, reference: str, device: str) -> Any:
-    """The module on its device. diffusers leaves weights that a file lacks without values, on the meta device."""
+def _ready(module: Any, reference: str, spec: JobSpec, device: str) -> Any:
+    """The module at its place. diffusers leaves weights that a file lacks without values, on the meta device."""
+    import torch
+
     lost = [name for name, weight in module.named_parameters() if weight.is_meta]
     if lost:
         raise _incomplete(module, reference, lost)
-    return module.to(device).eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    if device.startswith("cuda"):
+        module.to(memory_format=torch.channels_last)  # what cuDNN's convolutions are fastest in
+    return module.to("cpu" if spec.offload else device)
+
+
+def _ready_vae(vae: Any, reference: str, spec: JobSpec, device: str, *, is_sdxl: bool) -> Any:
+    """SDXL's own VAE overflows in float16, and says so."""
+    import torch
+
+    if is_sdxl and vae.dtype == torch.float16 and vae.config.force_upcast:
+        vae.to(torch.float32)
+    return _ready(vae, reference, spec, device)
 
 
 def _incomplete(module: Any, reference: str, lost: list[str]) -> ModelError:
@@ -140,39 +186,63 @@ def _pinned(reference: str, wanted: str | None = None) -> dict[str, str]:
     return {"revision": hub.commit(reference, wanted)}
 
 
-def _from_folder(reference: str, spec: JobSpec) -> Components:
+def _from_folder(reference: str, spec: JobSpec, device: str) -> Components:
     """A diffusers folder or hub id. Component by component: no safety checker, no pipeline class of theirs."""
+    import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     pinned = _pinned(reference, spec.revision)
     index = DiffusionPipeline.load_config(reference, **pinned)
-    if index.get("_class_name") not in _COVERED:
-        raise UnsupportedModel(
-            f"model {spec.model}: a {index.get('_class_name')}; so far these are covered: {', '.join(_COVERED)}"
-        )
-    for part, covered in _CLASSES.items():
+    kind = index.get("_class_name")
+    classes = _COVERED.get(kind) if isinstance(kind, str) else None
+    if classes is None or index.get("is_cosxl_edit"):
+        kind = "CosXL model" if classes else kind
+        raise UnsupportedModel(f"model {spec.model}: a {kind}; so far these are covered: {', '.join(_COVERED)}")
+    for part, covered in classes.items():
         named = index.get(part, (None, None))[1]
+        if named is None:
+            raise UnsupportedModel(f"model {spec.model}: a {kind} without {part} (a refiner?); name a whole model")
         if named != covered:
             raise UnsupportedModel(f"model {spec.model}: its {part} is a {named}; so far only {covered} is covered")
         if not pinned:
             _require_safetensors(Path(reference) / part)
     weights = {"use_safetensors": True, "torch_dtype": _dtype(spec), **pinned}
-    text_weights = {"use_safetensors": True, "dtype": _dtype(spec), **pinned}
     config = DDIMScheduler.load_config(reference, subfolder="scheduler", **pinned)
-    # transformers makes weights up that it doesn't find.
-    text_encoder, report = CLIPTextModel.from_pretrained(
-        reference, subfolder="text_encoder", output_loading_info=True, **text_weights
-    )
-    if report["missing_keys"]:
-        raise _incomplete(text_encoder, spec.model, sorted(report["missing_keys"]))
+
+    def second(make: Any) -> Any:
+        return make("_2") if "text_encoder_2" in classes else None
+
+    def text_encoder(suffix: str = "") -> Any:
+        part = f"text_encoder{suffix}"
+        return _transformers_model(classes[part], reference, spec, subfolder=part, **pinned)
+
+    def tokenizer(suffix: str = "") -> Any:
+        return CLIPTokenizer.from_pretrained(reference, subfolder=f"tokenizer{suffix}", **pinned)
+
     return Components(
-        tokenizer=CLIPTokenizer.from_pretrained(reference, subfolder="tokenizer", **pinned),
-        text_encoder=text_encoder,
+        device=torch.empty(0, device=device).device,  # with its number, as tensors have it
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder(),
         vae=AutoencoderKL.from_pretrained(reference, subfolder="vae", **weights),
         unet=UNet2DConditionModel.from_pretrained(reference, subfolder="unet", **weights),
         scheduler_config={**config},
+        tokenizer_2=second(tokenizer),
+        text_encoder_2=second(text_encoder),
+        zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def _transformers_model(name: str, reference: str, spec: JobSpec, **where: Any) -> Any:
+    """A model of transformers', which makes weights up that it doesn't find."""
+    import transformers
+
+    model, report = getattr(transformers, name).from_pretrained(
+        reference, output_loading_info=True, use_safetensors=True, dtype=_dtype(spec), **where
+    )
+    if report["missing_keys"]:
+        raise _incomplete(model, reference, sorted(report["missing_keys"]))
+    return model
 
 
 def _require_safetensors(folder: Path) -> None:
@@ -186,18 +256,22 @@ def _require_safetensors(folder: Path) -> None:
     raise ModelError(f"{folder}: no .safetensors weights there; complete the model or name another")
 
 
-def _from_single_file(path: str, spec: JobSpec) -> Components:
+def _from_single_file(path: str, spec: JobSpec, device: str) -> Components:
     """A checkpoint in the original Stable Diffusion layout, as DreamBooth models are shared."""
-    from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+    import diffusers
+    import torch
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if Path(path).suffix != ".safetensors":
         raise UnsupportedModel(f"{path}: only .safetensors files are loaded (others can run code)")
-    kind = StableDiffusionInstructPix2PixPipeline if spec.mode == "edit" else StableDiffusionPipeline
+    is_sdxl = _is_xl_file(path)
+    task = "InstructPix2Pix" if spec.mode == "edit" else ""
+    kind = getattr(diffusers, f"StableDiffusion{'XL' if is_sdxl else ''}{task}Pipeline")
+    without: dict[str, Any] = {"add_watermarker": False} if is_sdxl else {"safety_checker": None}
     config = {"config": table.resolve(spec.base_config), **_pinned(spec.base_config)} if spec.base_config else {}
     try:
         pipeline = kind.from_single_file(
-            path, torch_dtype=_dtype(spec), safety_checker=None, feature_extractor=None, **config
+            path, torch_dtype=_dtype(spec), feature_extractor=None, image_encoder=None, **without, **config
         )
     except LocalEntryNotFoundError as error:
         raise ModelError(
@@ -205,19 +279,74 @@ def _from_single_file(path: str, spec: JobSpec) -> Components:
             "name a folder that has them in `base_config`"
         ) from error
     return Components(
+        device=torch.empty(0, device=device).device,  # with its number, as tensors have it
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
         vae=pipeline.vae,
         unet=pipeline.unet,
         scheduler_config=dict(pipeline.scheduler.config),
+        tokenizer_2=getattr(pipeline, "tokenizer_2", None),
+        text_encoder_2=getattr(pipeline, "text_encoder_2", None),
+        zeros_for_empty_prompt=bool(pipeline.config.get("force_zeros_for_empty_prompt")),
     )
 
 
+def _is_xl_file(path: str) -> bool:
+    """True if a checkpoint has SDXL's second text encoder. Reads its header alone."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return any(name.startswith("conditioner.embedders.1.") for name in file.keys())  # noqa: SIM118
+
+
+def _image_encoder(spec: JobSpec, device: str) -> Any:
+    reference = table.image_encoder_reference(spec)
+
+    def make() -> Any:
+        with _loading(reference, "image_encoder"):
+            pinned = _pinned(reference)
+            if not pinned:
+                _require_safetensors(Path(reference))
+            model = _transformers_model("CLIPVisionModelWithProjection", reference, spec, **pinned)
+            return _ready(model, reference, spec, device)
+
+    return _cached(("image_encoder", table.revision(reference), *_place(spec, device)), make)
+
+
+def _own_vae(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
+    key = ("vae", table.revision(reference), base.is_sdxl, *_place(spec, device))
+    vae = _cached(key, lambda: _load_vae(reference, base, spec, device))
+    theirs, ours = vae.config.latent_channels, base.vae.config.latent_channels
+    if theirs != ours:
+        raise UnsupportedModel(
+            f"vae {reference}: its latents have {theirs} channels, those of model {spec.model} {ours}; "
+            "name one of the model's family"
+        )
+    return vae
+
+
+def _load_vae(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
+    from diffusers import AutoencoderKL
+
+    with _loading(reference, "vae"):
+        if Path(reference).is_file():
+            # Weights only; they have the shape of the model's own.
+            with tempfile.TemporaryDirectory() as config:
+                base.vae.save_config(config)
+                vae = AutoencoderKL.from_single_file(reference, config=config, torch_dtype=_dtype(spec))
+        else:
+            weights = {"use_safetensors": True, "torch_dtype": _dtype(spec), **_pinned(reference)}
+            if Path(reference).is_dir():
+                _require_safetensors(Path(reference))
+            vae = AutoencoderKL.from_pretrained(reference, **weights)
+        return _ready_vae(vae, reference, spec, device, is_sdxl=base.is_sdxl)
+
+
 def _controlnet(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
-    key = ("controlnet", table.revision(reference), spec.dtype, device)
+    key = ("controlnet", table.revision(reference), *_place(spec, device))
     model = _cached(key, lambda: _load_controlnet(reference, base, spec, device), kept=4)
-    theirs, ours = model.config.cross_attention_dim, base.unet.config.cross_attention_dim
-    if theirs != ours or model.config.block_out_channels != base.unet.config.block_out_channels:
+    same = ("cross_attention_dim", "block_out_channels", "addition_embed_type")
+    if any(model.config[name] != base.unet.config[name] for name in same):
         raise UnsupportedModel(
             f"ControlNet {reference}: made for another family than model {spec.model}; name a fitting one"
         )
@@ -241,7 +370,7 @@ def _load_controlnet(reference: str, base: Components, spec: JobSpec, device: st
             model = ControlNetModel.from_pretrained(
                 table.resolve(reference), use_safetensors=True, torch_dtype=_dtype(spec), **_pinned(reference)
             )
-        return _ready(model, reference, device)
+        return _ready(model, reference, spec, device)
 
 
 def _dtype(spec: JobSpec) -> Any:
@@ -251,12 +380,12 @@ def _dtype(spec: JobSpec) -> Any:
 
 
 @contextmanager
-def _loading(reference: str) -> Iterator[None]:
+def _loading(reference: str, column: str = "model") -> Iterator[None]:
     """`hub.loading`, with the libraries' progress bars off: the terminal is the command's."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    with hub.loading(reference):
+    with hub.loading(reference, column):
         yield

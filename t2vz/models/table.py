@@ -47,6 +47,16 @@ SD15 = Family(
         "normal": "lllyasviel/control_v11p_sd15_normalbae",
     },
 )
+SDXL = Family(
+    text_to_image="stabilityai/stable-diffusion-xl-base-1.0",
+    edit="diffusers/sdxl-instructpix2pix-768",
+    controlnets={
+        "edge": "diffusers/controlnet-canny-sdxl-1.0",
+        "depth": "diffusers/controlnet-depth-sdxl-1.0",
+        "pose": "xinsir/controlnet-openpose-sdxl-1.0",
+        "openpose": "xinsir/controlnet-openpose-sdxl-1.0",
+    },
+)
 MINI = Family(
     text_to_image="mini/base",
     edit="mini/edit",
@@ -62,7 +72,7 @@ MINI = Family(
 )
 
 # Names that a manifest may use instead of a folder or hub id. An unlisted model is taken for one of SD 1.5's family.
-MODELS: dict[str, Family] = {"mini": MINI, "sd15": SD15}
+MODELS: dict[str, Family] = {"mini": MINI, "sd15": SD15, "sdxl": SDXL}
 
 _WEIGHTS = (".safetensors", ".json", ".txt", ".model", ".pth", ".pt")
 _PIPELINE = "model_index.json"  # what a diffusers folder begins with
@@ -95,6 +105,11 @@ def controlnet_references(spec: JobSpec) -> tuple[str, ...]:
     return tuple(known[name] for name in spec.condition)
 
 
+def image_encoder_reference(spec: JobSpec) -> str:
+    """The CLIP vision model of the row's IP-Adapter: the row's, else the folder beside its file."""
+    return spec.image_encoder or str(Path(spec.ip_adapter or "").parent / "image_encoder")
+
+
 def annotator_references(spec: JobSpec) -> dict[str, str]:
     """What extracts the row's conditions: references by role (depth, pose, detector, annotators)."""
     usual = family(spec)
@@ -125,7 +140,11 @@ def identity(spec: JobSpec) -> str:
 
     Raises UnknownModel, UnsupportedModel, ModelError.
     """
-    parts = [base_identity(spec)]
+    parts = [base_identity(spec), *adapters_identity(spec)]
+    if spec.vae is not None:
+        parts.append(_named("vae", spec.vae))
+    if spec.segmentation_model is not None:
+        parts.append(_named("segmentation_model", spec.segmentation_model))
     if spec.mode == "control":
         parts += [revision(reference) for reference in controlnet_references(spec)]
     if spec.conditions_extracted:
@@ -142,6 +161,32 @@ def base_identity(spec: JobSpec) -> str:
     if Path(reference).is_dir() and not Path(reference, _PIPELINE).is_file():
         raise UnsupportedModel(f"{shown(reference)}: not a whole diffusers model, it has no {_PIPELINE}")
     return found if spec.base_config is None else f"{found} {revision(spec.base_config)}"
+
+
+def adapters_identity(spec: JobSpec) -> tuple[str, ...]:
+    """What identifies what is put onto the row's model, in the row's order. Raises as `identity`."""
+    parts = [_named("lora", reference) for reference in spec.lora]
+    # The file's name is what prompts call the new word, in the formats that name none themselves.
+    parts += [
+        f"{Path(reference).stem}:{_named('textual_inversion', reference)}" for reference in spec.textual_inversion
+    ]
+    if spec.ip_adapter is not None:
+        parts.append(_named("ip_adapter", spec.ip_adapter))
+        encoder = image_encoder_reference(spec)
+        if spec.image_encoder is None and not Path(encoder).is_dir():
+            raise UnknownModel(
+                f"ip_adapter {shown(spec.ip_adapter)}: no folder image_encoder beside it; name one in `image_encoder`"
+            )
+        parts.append(_named("image_encoder", encoder))
+    return tuple(parts)
+
+
+def _named(column: str, reference: str) -> str:
+    """The revision of what a column names, with the column: the same file may stand in two."""
+    try:
+        return f"{column}={revision(reference)}"
+    except ModelError as error:
+        raise type(error)(f"{column}: {error.message}") from error
 
 
 _ROLES: dict[str, tuple[str, ...]] = {"edge": (), "depth": ("depth",), "pose": ("pose", "detector")}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from t2vz.engine import guidance
+from t2vz.engine.attention import Attends, anchor_attention
 from t2vz.engine.lockstep import Denoiser, denoise
 from t2vz.models.loading import Components
-from t2vz.models.prompt import encode_prompts
-from t2vz.modes import Request
-from t2vz.spec import JobSpec
+from t2vz.models.prompt import Conditioning, encode
+from t2vz.modes import Generated, Request
 
 
 def latent_shape(components: Components, request: Request) -> tuple[int, int, int]:
@@ -20,29 +22,101 @@ def latent_shape(components: Components, request: Request) -> tuple[int, int, in
     return components.vae.config.latent_channels, request.height // cell, request.width // cell
 
 
-def prompt_branches(components: Components, spec: JobSpec) -> tuple[Tensor, guidance.Guide, list[str]]:
-    """Embeddings of the guidance branches (B, m, c), what joins their predictions, and warnings.
+def indices(request: Request) -> tuple[int, ...]:
+    """Numbers in the clip of the frames to make: the request's part of them, and the anchors they attend to.
+
+    Frame 0 is always among them: motion begins there.
+    """
+    part, parts = request.part
+    if parts > 1 and request.spec.attention_anchor == "first_previous":
+        raise ValueError("frames that attend to the one before can't be split over processes")
+    own = range(part * request.frames // parts, (part + 1) * request.frames // parts)
+    anchors = {max(scene for scene in request.scenes if scene <= frame) for frame in own}
+    return tuple(sorted({0, *anchors, *own}))
+
+
+def prompt_branches(components: Components, request: Request) -> tuple[Conditioning, guidance.Guide]:
+    """The guidance branches (negative prompt, prompt), and what joins their predictions.
 
     At a guidance scale of 1 or less the prompt stands alone, as in diffusers.
     """
-    prompts = [spec.negative_prompt, spec.prompt] if spec.guidance_scale > 1 else [spec.prompt]
-    text, warnings = encode_prompts(components.tokenizer, components.text_encoder, prompts)
-    guide = guidance.classifier_free(spec.guidance_scale) if len(prompts) == 2 else guidance.unguided
-    return text, guide, warnings
+    spec = request.spec
+    if spec.guidance_scale > 1:
+        return (
+            conditioning(components, request, [spec.negative_prompt, spec.prompt], (False, True)),
+            guidance.classifier_free(spec.guidance_scale),
+        )
+    return conditioning(components, request, [spec.prompt], (True,)), guidance.unguided
+
+
+def conditioning(
+    components: Components, request: Request, prompts: list[str], with_picture: tuple[bool, ...]
+) -> Conditioning:
+    """What the branches' prompts become; with_picture: which of them see the IP-Adapter's picture."""
+    return encode(
+        components,
+        prompts,
+        width=request.width,
+        height=request.height,
+        image=request.picture,
+        image_branches=with_picture,
+    )
+
+
+@contextmanager
+def denoiser(
+    components: Components, request: Request, branches: Conditioning, guide: guidance.Guide, **parts: Any
+) -> Iterator[Denoiser]:
+    """A Denoiser of the request's frames, with the attention that its row asks for installed meanwhile.
+
+    parts: `controls`, `image_latents` and `image_branches` of `Denoiser`.
+    """
+    spec = request.spec
+    frames = indices(request)
+    previous: Attends = "anchor_previous" if spec.attention_anchor == "first_previous" else "anchor"
+    try:
+        with anchor_attention(
+            [components.unet, *components.controlnets],
+            branches=len(branches.text),
+            attends=previous if spec.cross_frame_attention else "self",
+            merge=spec.token_merging_ratio,
+            latent_size=latent_shape(components, request)[1:],
+        ) as state:
+            yield Denoiser(
+                components.unet,
+                state,
+                branches.text,
+                guide,
+                spec.num_inference_steps,
+                added=branches.added,
+                guided_part=spec.guidance_end,
+                anchors=tuple(frames.index(scene) for scene in request.scenes if scene in frames),
+                **parts,
+            )
+    finally:
+        components.release()
 
 
 def run(
     denoiser: Denoiser, request: Request, latents: Tensor, scheduler: Any, steps: range, *, resumable: bool = True
 ) -> Tensor:
-    """`denoise` as the request has it. resumable: this is the part that snapshots are taken of, one a mode."""
+    """`denoise` as the request has it: latents of the anchor alone, or of all frames of `indices(request)`.
+
+    resumable: this is the part that snapshots are taken of, one a mode.
+    """
     resumption: dict[str, Any] = {"start": request.start, "on_snapshot": request.on_snapshot} if resumable else {}
     return denoise(
         denoiser,
-        latents.to(denoiser.unet.device),
+        latents.to(denoiser.text.device),
         scheduler,
         steps,
         seed=request.seed,
         chunk_size=request.spec.chunk_size,
         on_step=request.on_step,
+        indices=indices(request)[: len(latents)],
         **resumption,
     )
+
+
+def generated(denoiser: Denoiser, request: Request, latents: Tensor, branches: Conditioning) -> Generated:
+    return Generated(latents, indices(request), denoiser.evaluations, tuple(branches.warnings))

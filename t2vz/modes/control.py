@@ -6,24 +6,24 @@ from __future__ import annotations
 import torch
 
 from t2vz.engine import noise, schedule
-from t2vz.engine.attention import anchor_attention
-from t2vz.engine.lockstep import Control, Denoiser
+from t2vz.engine.lockstep import Control
 from t2vz.models.loading import Components
 from t2vz.modes import Generated, Request
-from t2vz.modes.common import latent_shape, prompt_branches, run
+from t2vz.modes.common import denoiser, generated, indices, latent_shape, prompt_branches, run
 
 
 @torch.no_grad()
 def generate(components: Components, request: Request) -> Generated:
-    spec, steps = request.spec, request.spec.num_inference_steps
-    text, guide, warnings = prompt_branches(components, spec)
+    spec, steps, frames = request.spec, request.spec.num_inference_steps, list(indices(request))
+    branches, guide = prompt_branches(components, request)
     controls = tuple(
-        Control(model, frames, scale)
-        for model, frames, scale in zip(components.controlnets, request.conditions, spec.scales, strict=True)
+        Control(model, pictures if len(frames) == request.frames else pictures[frames], scale, span)
+        for model, pictures, scale, span in zip(
+            components.controlnets, request.conditions, spec.scales, spec.control_spans, strict=True
+        )
     )
     scheduler = schedule.make_scheduler(spec.scheduler_name, components.scheduler_config, steps)
     start = noise.draw(request.seed, "initial", [0], latent_shape(components, request)) * scheduler.init_noise_sigma
-    with anchor_attention([components.unet, *components.controlnets], branches=len(text)) as state:
-        denoiser = Denoiser(components.unet, state, text, guide, controls)
-        latents = run(denoiser, request, start.repeat(request.frames, 1, 1, 1), scheduler, range(steps))
-    return Generated(latents, denoiser.evaluations, tuple(warnings))
+    with denoiser(components, request, branches, guide, controls=controls) as unet:
+        latents = run(unet, request, start.repeat(len(frames), 1, 1, 1), scheduler, range(steps))
+    return generated(unet, request, latents, branches)

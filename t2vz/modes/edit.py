@@ -5,34 +5,30 @@ from __future__ import annotations
 import torch
 
 from t2vz.engine import guidance, noise, schedule, vae
-from t2vz.engine.attention import anchor_attention
-from t2vz.engine.lockstep import Denoiser
 from t2vz.models.loading import Components
-from t2vz.models.prompt import encode_prompts
 from t2vz.modes import Generated, Request
-from t2vz.modes.common import latent_shape, run
+from t2vz.modes.common import conditioning, denoiser, generated, indices, latent_shape, run
 
 
 @torch.no_grad()
 def generate(components: Components, request: Request) -> Generated:
-    spec, steps = request.spec, request.spec.num_inference_steps
+    spec, steps, frames = request.spec, request.spec.num_inference_steps, list(indices(request))
     if request.source is None:
         raise ValueError("edit mode needs the source's frames")
-    guided = spec.guidance_scale > 1 and spec.image_guidance_scale >= 1
-    # Branches: nothing, image, image and text. The first two share the negative prompt (eq. 3 of InstructPix2Pix).
-    prompts = [spec.negative_prompt, spec.negative_prompt, spec.prompt] if guided else [spec.prompt]
-    text, warnings = encode_prompts(components.tokenizer, components.text_encoder, prompts)
-    guide = guidance.instruct_pix2pix(spec.guidance_scale, spec.image_guidance_scale) if guided else guidance.unguided
+    shown: tuple[float, ...]
+    if spec.guidance_scale > 1 and spec.image_guidance_scale >= 1:
+        # Nothing, image, image and text. The first two share the negative prompt (eq. 3 of InstructPix2Pix).
+        prompts, shown = [spec.negative_prompt, spec.negative_prompt, spec.prompt], (0.0, 1.0, 1.0)
+        guide = guidance.instruct_pix2pix(spec.guidance_scale, spec.image_guidance_scale)
+    else:
+        prompts, shown, guide = [spec.prompt], (1.0,), guidance.unguided
+    with_picture = (False,) * (len(prompts) - 1) + (True,)
+    branches = conditioning(components, request, prompts, with_picture)
     scheduler = schedule.make_scheduler(spec.scheduler_name, components.scheduler_config, steps)
     start = noise.draw(request.seed, "initial", [0], latent_shape(components, request)) * scheduler.init_noise_sigma
-    with anchor_attention([components.unet], branches=len(text)) as state:
-        denoiser = Denoiser(
-            components.unet,
-            state,
-            text,
-            guide,
-            image_latents=vae.encode(components.vae, request.source),
-            image_branches=(0.0, 1.0, 1.0) if guided else (1.0,),
-        )
-        latents = run(denoiser, request, start.repeat(request.frames, 1, 1, 1), scheduler, range(steps))
-    return Generated(latents, denoiser.evaluations, tuple(warnings))
+    source = request.source if len(frames) == request.frames else request.source[frames]
+    image_latents = vae.encode(components.vae, source)
+    parts = {"image_latents": image_latents, "image_branches": shown}
+    with denoiser(components, request, branches, guide, **parts) as unet:
+        latents = run(unet, request, start.repeat(len(frames), 1, 1, 1), scheduler, range(steps))
+    return generated(unet, request, latents, branches)

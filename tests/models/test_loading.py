@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
+from tiny_sdxl import write_sdxl
 
 from t2vz.engine import noise
 from t2vz.errors import ModelError, UnknownModel, UnsupportedModel
@@ -110,8 +111,29 @@ def test_a_single_file_of_pickled_weights_is_refused(tmp_path, suffix):
 
 
 def test_other_pipelines_are_refused_by_name(model, edit_json):
-    edit_json(model / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    assert "StableDiffusionXLPipeline" in refused(model, UnsupportedModel)
+    edit_json(model / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    assert "StableDiffusion3Pipeline" in refused(model, UnsupportedModel)
+
+
+def test_parts_of_sdxl_and_what_is_like_it(tmp_path, edit_json):
+    torch.manual_seed(4)
+    folder = tmp_path / "xl"
+    write_sdxl(folder)
+    ours, theirs = load(folder), StableDiffusionXLPipeline.from_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2", "vae", "unet"):
+        part, expected = getattr(ours, name), getattr(theirs, name)
+        assert type(part) is type(expected)
+        assert all(torch.equal(value, expected.state_dict()[key]) for key, value in part.state_dict().items())
+    assert ours.tokenizer_2.pad_token == "!"
+
+    weights = load_file(folder / "text_encoder_2/model.safetensors")
+    weights.pop("text_projection.weight")
+    save_file(weights, folder / "text_encoder_2/model.safetensors", metadata={"format": "pt"})
+    assert "text_projection.weight" in refused(folder)
+    edit_json(folder / "model_index.json", is_cosxl_edit=True)
+    assert "CosXL" in refused(folder, UnsupportedModel)
+    edit_json(folder / "model_index.json", is_cosxl_edit=False, text_encoder=[None, None])
+    assert "without text_encoder (a refiner?)" in refused(folder, UnsupportedModel)
 
 
 def test_code_in_the_folder_is_never_run(model, edit_json, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tiny_sdxl import write_sdxl
 
 from t2vz.errors import ModelError
 from t2vz.models import loading, table
@@ -31,6 +32,8 @@ RESNET = {
 FIXED = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -81,8 +84,38 @@ def vae_name(name):
     return name
 
 
+CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def open_clip(weights):
+    """SDXL's second text encoder in OpenCLIP's layout, query, key and value in one matrix."""
+    weights = {name.removeprefix("text_model."): weight for name, weight in weights.items()}
+    made = {
+        "token_embedding.weight": weights["embeddings.token_embedding.weight"],
+        "positional_embedding": weights["embeddings.position_embedding.weight"],
+        "ln_final.weight": weights["final_layer_norm.weight"],
+        "ln_final.bias": weights["final_layer_norm.bias"],
+        "text_projection": weights["text_projection.weight"].T,
+    }
+    for i in range(1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layers."))):
+        ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+        for kind in ("weight", "bias"):
+            made |= {f"{theirs}.{new}.{kind}": weights[f"{ours}.{old}.{kind}"] for old, new in CLIP_LAYER.items()}
+            made[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(
+                [weights[f"{ours}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            )
+    return made
+
+
 def write_original(folder: Path, file: Path) -> Path:
     """Write the diffusers folder's weights as one file in the original layout."""
+    is_sdxl = (folder / "text_encoder_2").is_dir()
     unet = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
     text_encoder = load_file(folder / "text_encoder/model.safetensors")
@@ -91,8 +124,12 @@ def write_original(folder: Path, file: Path) -> Path:
         original = vae_name(name)
         is_projection = "attn_1" in original and weight.ndim == 2  # 1 × 1 convolutions there
         weights[f"first_stage_model.{original}"] = weight[:, :, None, None] if is_projection else weight
+    encoder = "conditioner.embedders.0" if is_sdxl else "cond_stage_model"
     for name, weight in text_encoder.items():
-        weights[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = weight
+        weights[f"{encoder}.transformer.text_model.{name.removeprefix('text_model.')}"] = weight
+    if is_sdxl:
+        second = open_clip(load_file(folder / "text_encoder_2/model.safetensors"))
+        weights |= {f"conditioner.embedders.1.model.{name}": weight for name, weight in second.items()}
     save_file({name: weight.contiguous() for name, weight in weights.items()}, file)
     return file
 
@@ -135,6 +172,38 @@ def test_an_edit_models_file_makes_the_folders_latents(tiny_edit_model, tmp_path
     edit = {"mode": "edit", "source": "unused"}
     made = latents(file, base_config=str(configs(tiny_edit_model)), **edit)
     assert torch.equal(made, latents(tiny_edit_model, **edit))
+
+
+@pytest.mark.parametrize("mode", ["text", "edit"])
+def test_an_sdxl_file_makes_the_folders_latents(tmp_path, configs, mode):
+    torch.manual_seed(6)
+    model = tmp_path / "xl"
+    write_sdxl(model, in_channels=8 if mode == "edit" else 4)
+    file = write_original(model, tmp_path / "xl.safetensors")
+    columns = {"mode": mode} | ({"source": "unused"} if mode == "edit" else {})
+    made = latents(file, base_config=str(configs(model)), **columns)
+    torch.testing.assert_close(made, latents(model, **columns), atol=1e-5, rtol=0)
+    assert loading.native_px(JobSpec(prompt="x", model=str(file))) == 1024
+
+
+def test_a_vaes_file_in_the_original_layout_makes_the_folders_pictures(tiny_model, tmp_path):
+    weights = load_file(tiny_model / "vae/diffusion_pytorch_model.safetensors")
+    for name in list(weights):
+        weight = weights.pop(name)
+        original = vae_name(name)
+        weights[original] = weight[:, :, None, None] if "attn_1" in original and weight.ndim == 2 else weight
+    save_file(weights, tmp_path / "vae.safetensors")
+    own, plain = (
+        loading.load(JobSpec(prompt="x", model=str(tiny_model), **columns), "cpu").vae
+        for columns in ({"vae": str(tmp_path / "vae.safetensors")}, {})
+    )
+    assert own is not plain
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(own(pixels).sample, plain(pixels).sample)
+    save_file({name: weights[name] for name in list(weights)[:-3]}, tmp_path / "vae.safetensors")
+    with pytest.raises(ModelError, match=r"vae\.safetensors"):
+        loading.load(JobSpec(prompt="x", model=str(tiny_model), vae=str(tmp_path / "vae.safetensors")), "cpu")
 
 
 def test_a_controlnets_file_takes_its_shape_from_the_unet(tiny_model, tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from t2vz.errors import ModelError, UnknownModel, UnsupportedModel
 from t2vz.models import loading, table
+from t2vz.models.adapters import weight_file
 from t2vz.spec import JobSpec
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -85,6 +86,23 @@ def test_a_hub_model_is_loaded_at_the_commit_that_identifies_it(hub_model, tiny_
         unet = loading.load(spec(hub_model, revision=revision), "cpu").unet
         assert torch.equal(unet.conv_in.bias, expected + change)
     assert loading.native_px(spec(hub_model)) == 128
+
+
+def test_a_hub_models_one_weight_file_is_found_at_the_commit(hub_cache):
+    repository = hub_cache / "models--somebody--lora"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(FIRST)
+    (repository / "snapshots" / FIRST / "unet").mkdir(parents=True)
+    file = repository / "snapshots" / FIRST / "style.safetensors"
+    for path in (file, file.parent / "unet" / "model.safetensors"):
+        save_file({"x": torch.zeros(1)}, path)
+    assert table.identity(spec(lora="somebody/lora")) == f"mini/base@1 lora=somebody/lora@{FIRST}"
+    assert weight_file("somebody/lora", "usual.safetensors", "lora") == str(file)
+    with pytest.raises(ModelError, match=r"nobody/lora: not in the local cache"):
+        weight_file("nobody/lora", "usual.safetensors", "lora")
+    file.unlink()
+    with pytest.raises(ModelError, match=r"^lora somebody/lora: no \.safetensors files there"):
+        weight_file("somebody/lora", "usual.safetensors", "lora")
 
 
 def test_a_branch_that_moves_meanwhile_does_not_change_the_run(hub_model, hub_cache, tiny_model):

@@ -1,0 +1,38 @@
+"""One clip's frames over several processes: the same frames, and the evaluations add up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from split_worker import cases, request
+
+from t2vz.modes import generate
+from t2vz.spec import JobSpec, t0_t1
+
+WORKER = Path(__file__).with_name("split_worker.py")
+STEPS = 6
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_frames_do_not_depend_on_the_number_of_processes(tiny_model, tiny_controlnets, tmp_path, processes):
+    # `accelerate launch --cpu` starts several processes through MPI only; on GPUs it does what this does.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    arguments = [WORKER, tiny_model, tiny_controlnets[0], tmp_path]
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (columns, beside) in cases(str(tiny_controlnets[0])).items():
+        whole = generate(*request(str(tiny_model), columns, beside))
+        for rank in range(processes):
+            split = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+            assert (split["latents"] - whole.latents).abs().max() <= 1e-4
+            assert split["evaluations"] == whole.evaluations + extra(name, columns, processes)
+
+
+def extra(name, columns, processes):
+    """Evaluations of frame 0 by the processes that don't own it: each makes it, alone up to t0 and beside its own."""
+    if name != "text":
+        return (processes - 1) * STEPS
+    t0, t1 = t0_t1(JobSpec(prompt="x", num_inference_steps=STEPS, **columns))
+    return (processes - 1) * ((STEPS - 1 - t0) + (t1 + 1))
