@@ -37,10 +37,7 @@ class AnchorState:
     on_text: called with (layer, query (B, heads, f·n, d), key (B, heads, m, d)) in each attention to the prompt.
     write: True while a batch starts with an anchor: its keys and values are computed and kept for the batches
         that follow; those read them.
-    anchor: layer → (K, V) of the anchor, each (B, heads, n, d); one step's only.
-    previous: layer → (K, V) of the last frame of the batch before, and pending: of the batch under way.
-    text, image: layer → (K, V) of the prompt, and of each IP-Adapter's picture, each (B, heads, m, d); the same
-        for all steps and frames.
+    layers: their processors, which keep the keys and values.
     """
 
     branches: int
@@ -49,33 +46,40 @@ class AnchorState:
     latent_size: tuple[int, int] = (0, 0)
     on_text: OnText | None = None
     write: bool = True
-    anchor: dict[int, KeyValue] = field(default_factory=dict)
-    previous: dict[int, KeyValue] = field(default_factory=dict)
-    pending: dict[int, KeyValue] = field(default_factory=dict)
-    text: dict[int, KeyValue] = field(default_factory=dict)
-    image: dict[int, list[KeyValue]] = field(default_factory=dict)
+    layers: list[AnchorProcessor] = field(default_factory=list)
 
     def select(self, branches: int) -> None:
         """Go on with another number of branches: what is kept of the prompt belongs to the former ones."""
         if branches != self.branches:
             self.branches = branches
-            self.text.clear()
-            self.image.clear()
+            for layer in self.layers:
+                layer.text, layer.image = None, None
 
     def commit(self) -> None:
         """The batch is done: its last frame is the one before the next batch's first."""
-        self.previous, self.pending = self.pending, {}
+        for layer in self.layers:
+            layer.previous, layer.pending = layer.pending, None
 
 
 class AnchorProcessor:
     """diffusers attention processor: self-attention over the anchor, cross-attention over the cached prompt.
 
     ip_adapter: the processor that it stands in for, if that is an IP-Adapter's: its projections and weights are used.
+    anchor: (K, V) of the anchor, each (B, heads, n, d); one step's only.
+    previous: (K, V) of the last frame of the batch before, and pending: of the batch under way.
+    text, image: (K, V) of the prompt, and of each IP-Adapter's picture, each (B, heads, m, d); the same for all steps
+        and frames. All here, not in a table of the layers: then layers of one shape share a compiled graph.
     """
 
     def __init__(self, state: AnchorState, ip_adapter: Any = None) -> None:
         self.state = state
         self.ip_adapter = ip_adapter
+        self.anchor: KeyValue | None = None
+        self.previous: KeyValue | None = None
+        self.pending: KeyValue | None = None
+        self.text: KeyValue | None = None
+        self.image: list[KeyValue] | None = None
+        state.layers.append(self)
 
     def __call__(
         self,
@@ -106,8 +110,8 @@ class AnchorProcessor:
         state, frames = self.state, hidden_states.unflatten(0, (self.state.branches, -1))
         if state.attends == "anchor":
             if state.write:
-                state.anchor[id(attn)] = _key_value(attn, frames[:, 0])
-            return _attend(attn, hidden_states, [state.anchor[id(attn)]])
+                self.anchor = _key_value(attn, frames[:, 0])
+            return _attend(attn, hidden_states, [_kept(self.anchor)])
         key, value = _key_value(attn, hidden_states)  # of every frame: (B·f, heads, n, d)
         if state.attends == "anchor_previous":
             key, value = self._anchor_and_previous(attn, key, value)
@@ -116,36 +120,36 @@ class AnchorProcessor:
 
     def _anchor_and_previous(self, attn: Any, key: Tensor, value: Tensor) -> KeyValue:
         """K and V of every frame (B·f, heads, n, d) → of the anchor and the frame before it (B·f, heads, 2·n, d)."""
-        state, layer = self.state, id(attn)
+        state = self.state
         frames = [each.unflatten(0, (state.branches, -1)) for each in (key, value)]  # (B, f, heads, n, d)
-        state.pending[layer] = (frames[0][:, -1], frames[1][:, -1])
+        # Copies: a view would keep the whole batch's alive.
+        self.pending = (frames[0][:, -1].contiguous(), frames[1][:, -1].contiguous())
         if state.write:
-            state.anchor[layer] = (frames[0][:, 0], frames[1][:, 0])
+            self.anchor = (frames[0][:, 0].contiguous(), frames[1][:, 0].contiguous())
         # The anchor itself has none before it: attending to itself twice is attending to itself.
-        last = state.anchor[layer] if state.write else state.previous[layer]
+        last = _kept(self.anchor if state.write else self.previous)
         joined = []
-        for each, anchor, first in zip(frames, state.anchor[layer], last, strict=True):
+        for each, anchor, first in zip(frames, _kept(self.anchor), last, strict=True):
             before = torch.cat([first[:, None], each[:, :-1]], dim=1)
             joined.append(torch.cat([anchor[:, None].expand_as(before), before], dim=3).flatten(0, 1))
         return joined[0], joined[1]
 
     def _to_prompt(self, attn: Any, hidden_states: Tensor, prompt: Tensor | tuple[Tensor, list[Tensor]]) -> Tensor:
-        state, layer = self.state, id(attn)
         text, pictures = prompt if isinstance(prompt, tuple) else (prompt, [])
-        if layer not in state.text:
-            state.text[layer] = _key_value(attn, attn.norm_encoder_hidden_states(text) if attn.norm_cross else text)
-        kept, weights = [state.text[layer]], [1.0]
+        if self.text is None:
+            self.text = _key_value(attn, attn.norm_encoder_hidden_states(text) if attn.norm_cross else text)
+        kept, weights = [self.text], [1.0]
         if self.ip_adapter is not None:
-            if layer not in state.image:
-                state.image[layer] = [
+            if self.image is None:
+                self.image = [
                     (_heads(attn, to_k(tokens.flatten(1, 2))), _heads(attn, to_v(tokens.flatten(1, 2))))
                     for tokens, to_k, to_v in zip(
                         pictures, self.ip_adapter.to_k_ip, self.ip_adapter.to_v_ip, strict=True
                     )
                 ]
-            kept += state.image[layer]
+            kept += self.image
             weights += self.ip_adapter.scale
-        return _attend(attn, hidden_states, kept, weights, state.on_text)
+        return _attend(attn, hidden_states, kept, weights, self.state.on_text)
 
 
 def _attend(
@@ -170,6 +174,11 @@ def _attend(
     for (key, value), weight in zip(kept[1:], weights[1:], strict=True):
         out = out + weight * F.scaled_dot_product_attention(query, key, value)
     return _leave(attn, out.transpose(1, 2).reshape(batch, n, attn.heads, -1).transpose(1, 2))
+
+
+def _kept(key_value: KeyValue | None) -> KeyValue:
+    assert key_value is not None, "a batch that reads the anchor came before one that writes it"
+    return key_value
 
 
 def _leave(attn: Any, out: Tensor) -> Tensor:

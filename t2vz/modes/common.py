@@ -11,6 +11,7 @@ from torch import Tensor
 from t2vz.engine import guidance
 from t2vz.engine.attention import Attends, anchor_attention
 from t2vz.engine.lockstep import Denoiser, denoise
+from t2vz.engine.speed import shared_beginning
 from t2vz.models.loading import Components
 from t2vz.models.prompt import Conditioning, encode
 from t2vz.modes import Generated, Request
@@ -75,13 +76,20 @@ def denoiser(
     frames = indices(request)
     previous: Attends = "anchor_previous" if spec.attention_anchor == "first_previous" else "anchor"
     try:
-        with anchor_attention(
-            [components.unet, *components.controlnets],
-            branches=len(branches.text),
-            attends=previous if spec.cross_frame_attention else "self",
-            merge=spec.token_merging_ratio,
-            latent_size=latent_shape(components, request)[1:],
-        ) as state:
+        models = [components.unet, *components.controlnets]
+        # The branches begin with the same latents, but that edits show one of them no source.
+        shown = parts.get("image_branches") or (0.0,) * len(branches.text)
+        same = tuple(shown.index(each) for each in shown)
+        with (
+            anchor_attention(
+                models,
+                branches=len(branches.text),
+                attends=previous if spec.cross_frame_attention else "self",
+                merge=spec.token_merging_ratio,
+                latent_size=latent_shape(components, request)[1:],
+            ) as state,
+            shared_beginning(models, state, same),
+        ):
             yield Denoiser(
                 components.unet,
                 state,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 
 from t2vz.engine.attention import AnchorProcessor, AnchorState, anchor_attention
 from t2vz.errors import UnsupportedModel
@@ -30,7 +30,7 @@ def test_processors_are_put_back_after_an_exception(unet):
 def test_a_layer_that_cannot_be_covered_is_named_and_nothing_is_installed(unet):
     other = UNet2DConditionModel.from_config(unet.config)
     name = "mid_block.attentions.0.transformer_blocks.0.attn2"
-    other.get_submodule(name).processor = IPAdapterAttnProcessor2_0(hidden_size=64, cross_attention_dim=64)
+    other.get_submodule(name).processor = AttnAddedKVProcessor2_0()
     before = dict(unet.attn_processors)
     with pytest.raises(UnsupportedModel, match=name), anchor_attention([unet, other], branches=2):
         pass
@@ -55,10 +55,11 @@ def test_later_chunks_read_what_the_anchor_wrote():
     attn = Attention(query_dim=32, heads=4, dim_head=8)
     hidden = torch.randn(2, 3, 10, 32)
     state = AnchorState(branches=2)
-    whole = AnchorProcessor(state)(attn, hidden.flatten(0, 1)).unflatten(0, (2, 3))
-    first = AnchorProcessor(state)(attn, hidden[:, :1].flatten(0, 1))
+    processor = AnchorProcessor(state)
+    whole = processor(attn, hidden.flatten(0, 1)).unflatten(0, (2, 3))
+    first = processor(attn, hidden[:, :1].flatten(0, 1))
     state.write = False
-    rest = AnchorProcessor(state)(attn, hidden[:, 1:].flatten(0, 1)).unflatten(0, (2, 2))
+    rest = processor(attn, hidden[:, 1:].flatten(0, 1)).unflatten(0, (2, 2))
     torch.testing.assert_close(torch.cat([first[:, None], rest], dim=1), whole, atol=1e-6, rtol=1e-5)
 
 

@@ -1,0 +1,46 @@
+"""The benchmarks run to their end, small, and print what `make bench` promises; their figures mean nothing here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# About 30 s each on a quiet machine; they start several processes that import torch and diffusers.
+pytestmark = pytest.mark.timeout(900)
+
+FOLDER = Path(__file__).parent / "benchmarks"
+
+
+def figures_of(script, *options):
+    done = subprocess.run([sys.executable, FOLDER / script, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_engine_against_diffusers():
+    figures = figures_of("engine.py", "--quick", "--pairs", "1")
+    assert set(figures["wall_ratio"]) == set(figures["flops_ratio"]) == {"unchunked", "8", "4", "2"}
+    assert figures["evaluations"]["ours"] == figures["evaluations"]["minimum"]
+    # Counted, not timed. At this size the prompt's keys and values, which ours makes once, weigh more than they do.
+    assert 1 < figures["flops_ratio"]["unchunked"] < figures["flops_ratio"]["4"] < figures["flops_ratio"]["2"]
+    assert figures["memory_growth"] > 0
+
+
+def test_profile_finds_the_unets_work():
+    figures = figures_of("engine.py", "--quick", "--profile")
+    profile = figures["profile_tiny_s"]
+    assert {"UNet", "VAE", "text encoder", "loop"} <= set(profile)
+    assert {"convolution", "attention", "linear", "host"} <= set(profile["UNet"])
+    assert sum(profile["UNet"].values()) > sum(profile["loop"].values())
+
+
+def test_gpu_script_on_small_models():
+    figures = figures_of("gpu.py", "--small", "--pairs", "1")
+    for model in ("sd15_32", "sdxl_32"):
+        for setting in ("8_unchunked", "24_chunks_of_2"):
+            assert figures["gpu"][model][setting]["wall_ratio"] > 0
+            assert 0 < figures["gpu"][model][setting]["flops_utilisation"] < 1
