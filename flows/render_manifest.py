@@ -70,6 +70,17 @@ class RenderParameters(BaseModel):
     verify: bool = Field(
         default=False, title="Verify", description="Check the checksums of the videos that are done, not only sizes"
     )
+    quality: bool = Field(
+        default=False, title="Quality", description="Measure the frames of every row: flicker, warp error, seams, drift"
+    )
+    clip_model: str | None = Field(
+        default=None, title="CLIP model", description="Folder or hub id of one that measures the frames, too"
+    )
+    compiled: bool = Field(
+        default=False,
+        title="Compile",
+        description="torch.compile the UNet's blocks: minutes once, then faster on a GPU",
+    )
 
 
 @flow(
@@ -90,6 +101,9 @@ def render_manifest(parameters: RenderParameters) -> Any:
         manifest=os.path.abspath(parameters.manifest),
         run_id=str(runtime.flow_run.id),
         device=parameters.device,
+        quality=parameters.quality,
+        clip_model=parameters.clip_model,
+        compiled=parameters.compiled,
     )
     call = _stage_caller(parameters.retries)
     finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()

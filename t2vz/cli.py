@@ -1,4 +1,4 @@
-"""The command line: `t2vz plan`, `t2vz run`, `t2vz results`. Light: what renders is imported when it renders."""
+"""The command line: `t2vz plan`, `run`, `results`, `eval`. Light: what renders is imported when it renders."""
 
 from __future__ import annotations
 
@@ -157,6 +157,9 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
 )
 @click.option("--max-failed", type=click.IntRange(0), help="More failed rows make the Prefect run Failed.")
 @click.option("--verify", is_flag=True, help="Check the checksums of finished videos, not only their sizes.")
+@click.option("--quality", is_flag=True, help="Measure the frames of every row: flicker, warp error, seams, drift.")
+@click.option("--clip-model", help="CLIP model (folder or hub id) that measures them, too; implies --quality.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the UNet: minutes once, then faster on a GPU.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
 def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **options: Any) -> int:
     """Render the rows of MANIFEST that are not done yet.
@@ -207,6 +210,62 @@ def results(out: str, status: str | None, mode: str | None, everything: bool, ta
     for row in found:
         click.echo(_row_line(out, row))
     click.echo(_counted(len(found), "row"))
+    return OK
+
+
+@cli.command(name="eval", epilog=EPILOG)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("eval-out"), show_default=True, help="Output folder."
+)
+@click.option(
+    "--scale",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Part of the suite's cases; one of each kind at least.",
+)
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(["text", "ablation", "control", "edit", "long", "lossy"]),
+    multiple=True,
+    help="Only this part. Repeatable.",
+)
+@click.option(
+    "--family",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of a family that t2vz.mini.train made, instead of the embedded one.",
+)
+@click.option("--steps", type=click.IntRange(3, 999), help="Denoising steps; fewer than usual only try the suite.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+def evaluate(out: Path, family: Path | None, device: str, steps: int | None, **options: Any) -> int:
+    """Measure the quality of the method with the embedded model, on a fixed suite of drawn scenes.
+
+    Writes eval.json and eval.html into the output folder. The last line is one JSON object. About 25 minutes on two
+    cores.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from t2vz.mini.evaluate import evaluate, family_in
+    from t2vz.render import resolve_device
+
+    given: dict[str, Any] = {} if family is None else {"family": family_in(family)}
+    if steps is not None:
+        given["steps"] = steps
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_case(part: str, done: int, total: int) -> None:
+            if part not in tasks:
+                tasks[part] = progress.add_task(part, total=total)
+            progress.update(tasks[part], completed=done)
+
+        keys = evaluate(out, device=resolve_device(device), on_case=on_case, **options, **given)
+    click.echo(f"the page: {out / 'eval.html'}; all figures: {out / 'eval.json'}")
+    click.echo(json.dumps(keys))
     return OK
 
 
@@ -292,6 +351,8 @@ def _row_line(out: str, row: ResultRow) -> str:
     parts = [row.id, row.status, video, seconds]
     if row.error_message:
         parts.append(f"{row.error_stage}: {row.error_message}")
+    if row.quality:
+        parts.append(", ".join(f"{name} {value:.3g}" for name, value in json.loads(row.quality).items()))
     return "  ".join(parts)
 
 

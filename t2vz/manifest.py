@@ -240,7 +240,7 @@ def _check_header(path: Path, header: Sequence[str], defaults: Mapping[str, str]
     if unnamed := [str(at) for at, name in enumerate(header, 1) if not name]:
         raise ManifestError(f"{path}: column {', '.join(unnamed)} has no name in the header")
     if unknown := [name for name in header if name not in COLUMN_MODES]:
-        listed = ", ".join(f"{_shortened(name)!r}{_meant(name, COLUMN_MODES)}" for name in unknown)
+        listed = ", ".join(f"{_shortened(name)!r}{meant(name, COLUMN_MODES)}" for name in unknown)
         raise ManifestError(f"{path}: unknown column{'s' if len(unknown) > 1 else ''} {listed}")
     if repeated := sorted({name for name in header if header.count(name) > 1}):
         raise ManifestError(f"{path}: column {', '.join(repeated)} appears more than once: remove one")
@@ -252,14 +252,14 @@ def _check_defaults(defaults: Mapping[str, str]) -> None:
     """Refuse what no row could use; rules that span columns are left to the rows."""
     for name in defaults:
         if name not in COLUMN_MODES:
-            raise ManifestError(f"default for an unknown column {name!r}{_meant(name, COLUMN_MODES)}")
+            raise ManifestError(f"default for an unknown column {name!r}{meant(name, COLUMN_MODES)}")
         if name == "id":
             raise ManifestError("there can't be a default for id: it names a single row")
     try:
         JobSpec.model_validate({"prompt": "-", **{name: value for name, value in defaults.items() if value}})
     except ValidationError as error:
         if error.errors()[0]["type"] != "columns":
-            bad = "; ".join(str(Problem(0, "", *problem)) for problem in _explained(error))
+            bad = "; ".join(str(Problem(0, "", *problem)) for problem in explained(error))
             raise ManifestError(f"bad default: {bad}") from None
 
 
@@ -387,7 +387,7 @@ def _texts(column: Any) -> list[str | None]:
     return text.fill_null("").to_pylist()
 
 
-def _explained(error: ValidationError) -> list[tuple[str, str, str, str]]:
+def explained(error: ValidationError) -> list[tuple[str, str, str, str]]:
     """(column, value, reason, suggestion) of every problem that pydantic found."""
     found = []
     for detail in error.errors(include_url=False):
@@ -405,8 +405,8 @@ def _explained(error: ValidationError) -> list[tuple[str, str, str, str]]:
 
 
 def _all_explained(error: ValidationError, cells: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
-    """`_explained`, and what is wrong between the other cells: JobSpec looks at that only when each is good."""
-    found = _explained(error)
+    """`explained`, and what is wrong between the other cells: JobSpec looks at that only when each is good."""
+    found = explained(error)
     bad = {column for column, *_ in found}
     if error.errors()[0]["type"] == "columns" or bad & _OTHERS_DEPEND_ON:
         return found
@@ -414,7 +414,7 @@ def _all_explained(error: ValidationError, cells: Mapping[str, str]) -> list[tup
     try:
         JobSpec.model_validate(others)
     except ValidationError as more:
-        found += [problem for problem in _explained(more) if problem[0] not in bad]
+        found += [problem for problem in explained(more) if problem[0] not in bad]
     return found
 
 
@@ -441,7 +441,7 @@ def _reason(kind: str, message: str, context: Mapping[str, Any], choices: list[s
     return reasons[kind].format(**context) if kind in reasons else f"is not accepted: {message}"
 
 
-def _meant(name: str, choices: Mapping[str, Any]) -> str:
+def meant(name: str, choices: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name.lower(), choices, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

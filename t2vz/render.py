@@ -55,6 +55,7 @@ class Settings:
     snapshot_s: seconds of denoising after which its state is saved, for a later run to go on from.
     quality: measure the frames of every row (`t2vz.quality`). clip_model: folder or hub id of a CLIP model that
     measures them, too.
+    compiled: have torch compile the UNet's blocks (`engine.speed`).
     stopping: once set, rows under way end at their next frame or step, without a result: the next run does them.
     """
 
@@ -66,6 +67,7 @@ class Settings:
     snapshot_s: float = 30.0
     quality: bool = False
     clip_model: str | None = None
+    compiled: bool = False
     stopping: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def check_stopping(self) -> None:
@@ -241,6 +243,7 @@ class Render:
         self.conditions = tuple(frames for frames, _ in made)
 
     def _generate(self) -> None:
+        from t2vz.engine.speed import compile_regions
         from t2vz.media.images import read_image
         from t2vz.media.local import local_source
         from t2vz.models.loading import load, native_px
@@ -250,6 +253,9 @@ class Render:
         device = self._device()
         began = time.monotonic()
         self.components = load(spec, device)
+        if self.settings.compiled:
+            for model in (self.components.unet, *self.components.controlnets):
+                compile_regions(model)
         self.seconds["model"] = time.monotonic() - began
         if clip is None:
             native = native_px(spec)

@@ -267,7 +267,7 @@ class JobSpec(BaseModel):
     def _columns_agree(self) -> JobSpec:
         problems = _disagreements(self)
         if problems:
-            # One error with all of them in its context: `problems_of` takes them apart again.
+            # One error with all of them in its context: `manifest.explained` takes them apart again.
             text = "; ".join(f"{column}: {reason}" for column, reason in problems)
             raise PydanticCustomError("columns", "{text}", {"text": text, "problems": problems})
         return self

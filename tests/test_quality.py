@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -9,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from t2vz.cli import main
 from t2vz.errors import ModelError
 from t2vz.mini import world
 from t2vz.mini.family import tokenizer
+from t2vz.plan import Job, plan
 from t2vz.quality import Meter, edge_f1, measure, optical_flow, seam_ratio, warp_error
+from t2vz.render import Settings, opening, render
+from t2vz.results import ResultRow
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +171,55 @@ def test_clip_consistency_is_that_of_transformers(clip, clip_model):
     assert found["clip_frame_consistency"] < 1
     frozen = measure([frames[:1].repeat(4, 0)], clip_model=str(clip_model), prompt=prompt)
     assert frozen["clip_frame_consistency"] == pytest.approx(1)
+
+
+@pytest.fixture
+def edge_job(tmp_path: Path, write_manifest: Callable[..., Path], clip: world.Motion) -> Job:
+    """A control row that follows the edges of 5 drawn frames."""
+    (tmp_path / "frames").mkdir()
+    for index, frame in enumerate(clip.frames[:5]):
+        cv2.imwrite(str(tmp_path / "frames" / f"{index}.png"), frame[..., ::-1])
+    row = {"mode": "control", "source": "frames", "condition": "edge", "fps": 4, "chunk_size": 2}
+    manifest = write_manifest(tmp_path / "manifest.csv", {**row, "video_length": 5, "format": "png"})
+    (job,) = plan(manifest, None)
+    assert isinstance(job, Job)
+    return job
+
+
+def rendered(job: Job, settings: Settings) -> ResultRow:
+    with opening(settings):
+        row = render(job, settings)
+    assert row is not None
+    return row
+
+
+def test_a_run_measures_its_rows_when_asked(edge_job, tmp_path, clip_model, capsys):
+    plain = rendered(edge_job, Settings(tmp_path / "plain", "m", "run"))
+    settings = Settings(tmp_path / "out", "m", "run", quality=True, clip_model=str(clip_model))
+    row = rendered(edge_job, settings)
+    assert plain.quality is None
+    assert row.output_sha256 == plain.output_sha256
+    frames = np.stack(
+        [cv2.imread(str(file))[..., ::-1] for file in sorted((settings.out / row.output_uri).glob("*.png"))]
+    )
+    source = np.stack([cv2.imread(str(tmp_path / "frames" / f"{i}.png"))[..., ::-1] for i in range(5)])
+    source = np.stack([cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA) for frame in source])
+    edges = np.stack([cv2.Canny(frame, 100, 200) for frame in source])[..., None].repeat(3, -1)
+    expected = measure([frames], chunk_size=2, edges=edges, prompt=edge_job.row.spec.prompt, clip_model=str(clip_model))
+    found = json.loads(row.quality)
+    assert set(found) == set(expected)
+    assert found.pop("edge_f1") == pytest.approx(expected.pop("edge_f1"), abs=0.05)  # another resizing
+    assert found == pytest.approx(expected, abs=1e-5)
+
+    assert main(["results", str(settings.out)]) == 0
+    assert f"warp_error {found['warp_error']:.3g}" in capsys.readouterr().out
+
+
+def test_what_can_not_be_measured_fails_no_row(edge_job, tmp_path):
+    row = rendered(edge_job, Settings(tmp_path / "out", "m", "run", clip_model=str(tmp_path / "none")))
+    assert row.status == "ok"
+    assert row.quality is None
+    assert any("quality could not be measured" in warning for warning in row.warnings)
 
 
 def test_a_clip_model_that_is_none_is_an_error(tmp_path):
