@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from t2vz import cli
 from t2vz.manifest import BadRow, read
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MANIFESTS = (ROOT / "manifests" / "README.md").read_text()
 
 
-def block(language: str, containing: str) -> str:
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def block(language: str, containing: str, page: str = README) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
     return next(text for text in blocks if containing in text)
 
 
@@ -36,12 +39,26 @@ def test_the_python_example_renders(small, capsys):
     assert len(list((small / "out" / "videos").iterdir())) == 1
 
 
-def test_the_example_manifest_is_one(tmp_path):
+def test_the_example_in_diffusers_manner_makes_a_picture(small):
+    example = block("python", "TextToVideoZero").replace("num_inference_steps=20", "num_inference_steps=3")
+    exec(compile(example, "README.md", "exec"), {})
+    assert Image.open(small / "first.png").size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("page", "containing", "modes"),
+    [
+        (README, "panda", ["text", "control", "control", "edit"]),
+        (MANIFESTS, "surf", ["text", "control", "edit"]),
+        (MANIFESTS, "lora", ["text", "control"]),
+    ],
+)
+def test_the_example_manifests_are_manifests(tmp_path, page, containing, modes):
     manifest = tmp_path / "manifest.csv"
-    manifest.write_text(block("csv", "panda"))
+    manifest.write_text(block("csv", containing, page))
     rows = list(read(manifest))
     assert not [row for row in rows if isinstance(row, BadRow)]
-    assert [row.spec.mode for row in rows] == ["text", "control", "control", "edit"]
+    assert [row.spec.mode for row in rows] == modes
 
 
 def test_the_commands_are_there(capsys):
@@ -49,12 +66,12 @@ def test_the_commands_are_there(capsys):
     for line in lines:
         command = shlex.split(line)[1]
         assert command in cli.cli.commands
-    assert cli.main(["plan", str(Path(__file__).parents[1] / "manifests" / "demo.csv")]) == 0
+    assert cli.main(["plan", str(ROOT / "manifests" / "demo.csv")]) == 0
     assert "6 jobs" in capsys.readouterr().out
 
 
 def test_every_command_of_the_makefile_that_is_named_exists():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make ([a-z]+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
