@@ -129,7 +129,9 @@ class _Pipeline:
             if "seed" in given:
                 raise ManifestError("seed and generator: give one of them")
             given["seed"] = generator.initial_seed() % 2**63  # a JobSpec's seeds are int64
-        given = {"seed": int(torch.randint(2**63 - 1, ())), **self.columns, **given}
+        given = {**self.columns, **given}
+        if "seed" not in given:
+            given["seed"] = int(torch.randint(2**63 - 1, ()))
         arrays = {name: given[name] for name in SOURCE_COLUMNS if not isinstance(given.get(name, ""), str)}
         try:
             spec = JobSpec(**{**given, **dict.fromkeys(arrays, "(an array)"), "mode": self.mode})
@@ -181,7 +183,7 @@ def _cells(arguments: dict[str, Any]) -> dict[str, Any]:
             raise ManifestError(f"{name} belongs to manifests: no video file is read or written here")
         if name not in COLUMN_MODES and name not in _FOREIGN:
             raise ManifestError(f"there is no argument {name!r}{meant(name, COLUMN_MODES)}")
-        if value is None or (name in _FOREIGN and value == _FOREIGN[name][0]):
+        if value is None or (name in _FOREIGN and isinstance(value, int | float) and value == _FOREIGN[name][0]):
             continue
         if name in _FOREIGN:
             raise ManifestError(f"there is no {name} here: {_FOREIGN[name][1]}")

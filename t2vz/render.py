@@ -409,7 +409,7 @@ class Render:
                 canny=(spec.canny_low, spec.canny_high),
                 prompt=spec.prompt,
                 clip_model=self.settings.clip_model,
-                device=self.device,
+                device="cpu",  # another row is at the device
             )
         except Exception as error:
             self._not_measured(error)

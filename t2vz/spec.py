@@ -394,6 +394,9 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("end_s", f"must be after start_s ({spec.start_s:g})"))
     if spec.model_fields_set & _MODEL_PARTS:
         bad += _model_disagreements(spec)
+    guided = spec.guidance_scale > 1 and (mode != "edit" or spec.image_guidance_scale >= 1)
+    if spec.guidance_end < 1 and not guided:
+        bad.append(("guidance_end", "has no effect while guidance is off"))
     if spec.attention_anchor != "first" and not spec.cross_frame_attention:
         bad.append(("attention_anchor", "has no effect without cross_frame_attention"))
     if spec.attention_anchor == "scene" and spec.source is None:
@@ -429,10 +432,13 @@ def _model_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
 
 
 def _text_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
-    if spec.num_inference_steps < 3 and (spec.video_length or TEXT_FRAMES) > 1:
-        return [("num_inference_steps", "must be at least 3 in text mode: motion dynamics needs two noise levels")]
     bad = _motion_disagreements(spec) if spec.model_fields_set & _MOTION else []
-    if not spec.motion_dynamics or (spec.t0 is None and spec.t1 is None):
+    if not spec.motion_dynamics:
+        return bad
+    if spec.num_inference_steps < 3 and (spec.video_length or TEXT_FRAMES) > 1:
+        bad.append(("num_inference_steps", "must be at least 3 in text mode: motion dynamics needs two noise levels"))
+        return bad
+    if spec.t0 is None and spec.t1 is None:
         return bad
     last = spec.num_inference_steps - 1
     t0, t1 = t0_t1(spec)
@@ -510,6 +516,11 @@ def _path_problem(path: str) -> str | None:
     return None
 
 
+def acts(span: tuple[float, float], step: int, steps: int) -> bool:
+    """Whether a condition with this span acts at step number `step`, as diffusers counts its control_guidance."""
+    return step / steps >= span[0] and (step + 1) / steps <= span[1]
+
+
 def _control_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
     bad: list[tuple[str, str]] = []
     n = len(spec.condition)
@@ -533,6 +544,10 @@ def _control_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
             return [*bad, (name, f"has another count of values than condition ({n})")]
     if n and spans and not all(0 <= start < end <= 1 for start, end in spec.control_spans):
         bad.append((spans[-1], "must be parts of the steps, 0 ≤ start < end ≤ 1"))
+    elif n and spans:
+        steps = spec.num_inference_steps
+        idle = [span for span in spec.control_spans if not any(acts(span, step, steps) for step in range(steps))]
+        bad += [(spans[-1], f"no whole one of the {steps} steps lies between {a:g} and {b:g}") for a, b in idle]
     if spec.controlnet and len(spec.controlnet) != n:
         bad.append(("controlnet", f"has another count of values than condition ({n})"))
     if spec.canny_low > spec.canny_high:
@@ -580,6 +595,10 @@ def canonical(spec: JobSpec) -> dict[str, Any]:
     out["scheduler"] = spec.scheduler_name
     if spec.mask_video is not None:
         out["foreground_mask"] = "video"
+    if spec.mode == "text":  # a camera's column that is given holds the camera still even at its default
+        out["camera"] = spec.moves_camera
+    if spec.mode == "control":
+        out["extracted"] = spec.conditions_extracted
     return out
 
 

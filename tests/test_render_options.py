@@ -82,7 +82,13 @@ def test_scenes_of_the_source_have_anchors_of_their_own(tiny_model, tiny_control
     rng = np.random.default_rng(0)
     dark, bright = (rng.integers(low, low + 60, (SIZE, SIZE, 3), dtype=np.uint8) for low in (0, 190))
     dark[:, :, 0], bright[:, :, 2] = 200, 30
-    columns = {"mode": "control", "condition": "edge", "controlnet": tiny_controlnets[0], "fps": 8, "controlnet_conditioning_scale": 8}
+    columns = {
+        "mode": "control",
+        "condition": "edge",
+        "controlnet": tiny_controlnets[0],
+        "fps": 8,
+        "controlnet_conditioning_scale": 8,
+    }
     columns |= {"attention_anchor": "scene", "scheduler": "ddim"}
     both = pictures(tmp_path / "both", [dark] * 3 + [bright] * 2)
     alone = pictures(tmp_path / "alone", [bright] * 2)

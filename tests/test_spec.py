@@ -47,6 +47,21 @@ def test_what_changes_the_video_is_in_the_identity(columns):
     assert id_of(**columns) != id_of()
 
 
+@pytest.mark.parametrize("column", ["pan_x_per_s", "rotation_deg_per_s", "zoom_per_s"])
+def test_a_camera_that_is_told_to_stand_still_is_another_job_than_the_papers_motion(column):
+    assert id_of(**{column: 1 if column == "zoom_per_s" else 0}) != id_of()
+
+
+def test_a_condition_to_extract_is_another_job_than_one_given():
+    columns = {"prompt": "x", "mode": "control", "condition": "edge"}
+    given, extracted = (JobSpec(**columns, **{name: "a.mp4"}) for name in ("condition_video", "source"))
+    assert job_id(given, "m", "s") != job_id(extracted, "m", "s")
+
+
+def test_without_motion_dynamics_two_steps_are_enough():
+    assert evaluations(JobSpec(prompt="x", num_inference_steps=2, motion_dynamics=False), 3) == 6
+
+
 def test_one_weight_and_one_span_serve_all_or_each_has_its_own():
     spec = JobSpec(
         prompt="x",
@@ -177,6 +192,18 @@ def columns_that_disagree(**columns: object) -> set[str]:
         ({"crf": 60}, {"crf"}),
         ({"prompt": "  "}, {"prompt"}),
         ({"lora_scale": "0.5"}, {"lora_scale"}),
+        ({"guidance_end": 0.5, "guidance_scale": 1}, {"guidance_end"}),
+        (
+            {
+                "mode": "control",
+                "source": "a",
+                "condition": "edge",
+                "num_inference_steps": 10,
+                "control_guidance_start": 0.5,
+                "control_guidance_end": 0.51,
+            },
+            {"control_guidance_end"},
+        ),
         ({"lora": "a+b+c", "lora_scale": "0.5+1"}, {"lora_scale"}),
         ({"ip_adapter": "a.safetensors"}, {"ip_adapter_image"}),
         ({"ip_adapter_image": "a.png"}, {"ip_adapter_image"}),

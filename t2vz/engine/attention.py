@@ -33,7 +33,7 @@ class AnchorState:
     branches: B, guidance branches in a batch.
     attends: what frames take their keys and values from: the anchor (the paper), the anchor and the frame before,
         or themselves (the paper's ablation).
-    merge: part of the tokens to merge in the layers of the latent's own resolution, whose (h, w) is `latent_size`.
+    merge: part of the tokens to merge in the layers of the finest resolution, (h, w) = `latent_size`.
     on_text: called with (layer, query (B, heads, f·n, d), key (B, heads, m, d)) in each attention to the prompt.
     write: True while a batch starts with an anchor: its keys and values are computed and kept for the batches
         that follow; those read them.

@@ -30,13 +30,13 @@ class Control:
     """One ControlNet with its condition.
 
     frames: uint8 (F, H, W, 3), RGB. scale: weight of its residuals.
-    span: (start, end), the part of the steps in which it acts.
+    acts: whether it does at a step number of so many.
     """
 
     model: nn.Module
     frames: NDArray[np.uint8]
     scale: float
-    span: tuple[float, float] = (0.0, 1.0)
+    acts: Callable[[int, int], bool] = lambda step, steps: True
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Denoiser:
         """x: float32 (f, C, h, w), scaled as the scheduler asks, at step number `step`. Returns the guided
         prediction, the same shape. Within a step the slices come in order, each from `chunk`.
         """
-        guided = step < self.guided_part * self.steps
+        guided = step / self.steps < self.guided_part
         first = 0 if guided else len(self.text) - 1
         text, branches = self.text[first:], len(self.text) - first
         self.state.select(branches)
@@ -109,8 +109,7 @@ class Denoiser:
         down: list[Tensor] = []
         mid: Tensor | None = None
         for control in self.controls:
-            # As diffusers has control_guidance_start and _end.
-            if step / self.steps < control.span[0] or (step + 1) / self.steps > control.span[1]:
+            if not control.acts(step, self.steps):
                 continue
             picture = torch.from_numpy(np.ascontiguousarray(control.frames[frames])).to(sample.device)
             picture = (picture.permute(0, 3, 1, 2).to(sample.dtype) / 255).repeat(len(text), 1, 1, 1)

@@ -19,7 +19,7 @@ _REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
 # A region is compiled for each shape of its layers (Stable Diffusion's UNet has 4 of transformer blocks and 14 of
 # residual blocks), for batches that write the anchor's keys and values and for those that read them, and for the
 # sizes of a chunk: the anchor alone, a full one, the last. Torch's own limit is 8 and falls back to eager silently.
-_RECOMPILE_LIMIT = 128
+_RECOMPILE_LIMIT = 512
 
 
 @contextmanager

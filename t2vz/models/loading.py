@@ -209,6 +209,7 @@ def _from_folder(reference: str, spec: JobSpec, device: str) -> Components:
             _require_safetensors(Path(reference) / part)
     weights = {"use_safetensors": True, "torch_dtype": _dtype(spec), **pinned}
     config = DDIMScheduler.load_config(reference, subfolder="scheduler", **pinned)
+    _check_parametrisation(spec.model, config, AutoencoderKL.load_config(reference, subfolder="vae", **pinned))
 
     def second(make: Any) -> Any:
         return make("_2") if "text_encoder_2" in classes else None
@@ -231,6 +232,15 @@ def _from_folder(reference: str, spec: JobSpec, device: str) -> Components:
         text_encoder_2=second(text_encoder),
         zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+
+
+def _check_parametrisation(model: str, scheduler: Any, vae: Any) -> None:
+    """Of another one the model would load all the same, and give pictures of something else."""
+    kind = str(scheduler.get("_class_name", ""))
+    if kind.startswith(("EDM", "FlowMatch")):
+        raise UnsupportedModel(f"model {model}: trained for {kind}; only noise schedules in betas are covered")
+    if vae.get("latents_mean") is not None or vae.get("shift_factor") is not None:
+        raise UnsupportedModel(f"model {model}: its VAE's latents are shifted, which isn't covered")
 
 
 def _transformers_model(name: str, reference: str, spec: JobSpec, **where: Any) -> Any:
@@ -314,7 +324,9 @@ def _image_encoder(spec: JobSpec, device: str) -> Any:
 
 
 def _own_vae(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
-    key = ("vae", table.revision(reference), base.is_sdxl, *_place(spec, device))
+    # A file has no configuration of its own: it takes the base's.
+    base_key = table.base_identity(spec) if Path(reference).is_file() else ""
+    key = ("vae", table.revision(reference), base_key, base.is_sdxl, *_place(spec, device))
     vae = _cached(key, lambda: _load_vae(reference, base, spec, device))
     theirs, ours = vae.config.latent_channels, base.vae.config.latent_channels
     if theirs != ours:

@@ -106,8 +106,9 @@ def controlnet_references(spec: JobSpec) -> tuple[str, ...]:
 
 
 def image_encoder_reference(spec: JobSpec) -> str:
-    """The CLIP vision model of the row's IP-Adapter: the row's, else the folder beside its file."""
-    return spec.image_encoder or str(Path(spec.ip_adapter or "").parent / "image_encoder")
+    """The CLIP vision model of the row's IP-Adapter: the row's, else the folder beside the adapter's file."""
+    adapter = Path(spec.ip_adapter or "")
+    return spec.image_encoder or str((adapter if adapter.is_dir() else adapter.parent) / "image_encoder")
 
 
 def annotator_references(spec: JobSpec) -> dict[str, str]:

@@ -12,6 +12,7 @@ from t2vz.engine import guidance
 from t2vz.engine.attention import Attends, anchor_attention
 from t2vz.engine.lockstep import Denoiser, denoise
 from t2vz.engine.speed import shared_beginning
+from t2vz.errors import GenerationError
 from t2vz.models.loading import Components
 from t2vz.models.prompt import Conditioning, encode
 from t2vz.modes import Generated, Request
@@ -26,14 +27,18 @@ def latent_shape(components: Components, request: Request) -> tuple[int, int, in
 def indices(request: Request) -> tuple[int, ...]:
     """Numbers in the clip of the frames to make: the request's part of them, and the anchors they attend to.
 
-    Frame 0 is always among them: motion begins there.
+    Where there is motion dynamics frame 0 is always among them: motion begins there.
     """
     part, parts = request.part
     if parts > 1 and request.spec.attention_anchor == "first_previous":
-        raise ValueError("frames that attend to the one before can't be split over processes")
+        raise GenerationError(
+            "attention_anchor=first_previous: frames that attend to the one before can't be split over processes; "
+            "choose another anchor, or one process"
+        )
     own = range(part * request.frames // parts, (part + 1) * request.frames // parts)
     anchors = {max(scene for scene in request.scenes if scene <= frame) for frame in own}
-    return tuple(sorted({0, *anchors, *own}))
+    moving = {0} if request.spec.mode == "text" and request.spec.motion_dynamics else set()
+    return tuple(sorted({*moving, *anchors, *own}))
 
 
 def prompt_branches(components: Components, request: Request) -> tuple[Conditioning, guidance.Guide]:
@@ -64,8 +69,16 @@ def conditioning(
     )
 
 
+def _finest_attention(components: Components, request: Request) -> tuple[int, int]:
+    """(h, w) of the first layers with attention: the latent's own but for SDXL, whose first block has none."""
+    blocks = components.unet.config.down_block_types
+    first = next((i for i, kind in enumerate(blocks) if "Attn" in kind), 0)
+    _, h, w = latent_shape(components, request)
+    return -(-h // 2**first), -(-w // 2**first)
+
+
 @contextmanager
-def denoiser(
+def denoising(
     components: Components, request: Request, branches: Conditioning, guide: guidance.Guide, **parts: Any
 ) -> Iterator[Denoiser]:
     """A Denoiser of the request's frames, with the attention that its row asks for installed meanwhile.
@@ -74,7 +87,7 @@ def denoiser(
     """
     spec = request.spec
     frames = indices(request)
-    previous: Attends = "anchor_previous" if spec.attention_anchor == "first_previous" else "anchor"
+    attends: Attends = "anchor_previous" if spec.attention_anchor == "first_previous" else "anchor"
     try:
         models = [components.unet, *components.controlnets]
         # The branches begin with the same latents, but that edits show one of them no source.
@@ -84,9 +97,9 @@ def denoiser(
             anchor_attention(
                 models,
                 branches=len(branches.text),
-                attends=previous if spec.cross_frame_attention else "self",
+                attends=attends if spec.cross_frame_attention else "self",
                 merge=spec.token_merging_ratio,
-                latent_size=latent_shape(components, request)[1:],
+                latent_size=_finest_attention(components, request),
             ) as state,
             shared_beginning(models, state, same),
         ):

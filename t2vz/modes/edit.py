@@ -7,7 +7,7 @@ import torch
 from t2vz.engine import guidance, noise, schedule, vae
 from t2vz.models.loading import Components
 from t2vz.modes import Generated, Request
-from t2vz.modes.common import conditioning, denoiser, generated, indices, latent_shape, run
+from t2vz.modes.common import conditioning, denoising, generated, indices, latent_shape, run
 
 
 @torch.no_grad()
@@ -29,6 +29,6 @@ def generate(components: Components, request: Request) -> Generated:
     source = request.source if len(frames) == request.frames else request.source[frames]
     image_latents = vae.encode(components.vae, source)
     parts = {"image_latents": image_latents, "image_branches": shown}
-    with denoiser(components, request, branches, guide, **parts) as unet:
+    with denoising(components, request, branches, guide, **parts) as unet:
         latents = run(unet, request, start.repeat(len(frames), 1, 1, 1), scheduler, range(steps))
     return generated(unet, request, latents, branches)

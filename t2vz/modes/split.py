@@ -1,7 +1,7 @@
 """One clip's frames split over the processes of `accelerate launch`, one a device.
 
-Each process makes its part, and evaluates the anchors beside: so nothing is exchanged until the end, at the price of
-at most one extra evaluation a step and process.
+Each process makes its part, and evaluates the anchors that its frames attend to beside: so nothing is exchanged until
+the end. The price is an extra evaluation a step for each anchor that a process doesn't own: one, but for scenes.
 """
 
 from __future__ import annotations

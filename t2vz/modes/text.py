@@ -14,7 +14,7 @@ from t2vz.engine.lockstep import Denoiser
 from t2vz.errors import GenerationError
 from t2vz.models.loading import Components
 from t2vz.modes import Generated, Request
-from t2vz.modes.common import denoiser, generated, indices, latent_shape, prompt_branches, run
+from t2vz.modes.common import denoising, generated, indices, latent_shape, prompt_branches, run
 from t2vz.spec import keyframes, t0_t1
 
 Through = Callable[[Tensor, int, int], Tensor]
@@ -33,7 +33,7 @@ def generate(components: Components, request: Request) -> Generated:
         scheduler = schedule.make_scheduler(name, components.scheduler_config, steps, first)
         return run(unet, request, latents, scheduler, range(first, end), resumable=resumable)
 
-    with denoiser(components, request, branches, guide) as unet:
+    with denoising(components, request, branches, guide) as unet:
         levels = schedule.make_scheduler(name, components.scheduler_config, steps)
         moving = spec.motion_dynamics and request.frames > 1
         start = noise.draw(request.seed, "initial", [0] if moving else frames, shape) * levels.init_noise_sigma

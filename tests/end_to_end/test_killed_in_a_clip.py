@@ -38,7 +38,7 @@ def clips(
     tiny_controlnets: tuple[Path, Path],
     tmp_path: Path,
 ) -> Path:
-    """A manifest of a row a mode, each with a sampler that remembers or draws; lossless: it is about the frames."""
+    """A manifest of a row a mode, each with a sampler that remembers or draws."""
     source = tmp_path / "clip.mp4"
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x64:r=8:d=0.5", "-c:v", "libx264", source)
     row: dict[str, Any] = {
@@ -46,7 +46,6 @@ def clips(
         "video_length": FRAMES,
         "seed": 5,
         "chunk_size": 1,
-        "format": "mkv",
     }
     control = {"mode": "control", "condition": "edge", "controlnet": tiny_controlnets[0], "source": source}
     return manifest(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -106,6 +108,19 @@ def test_text_equals_diffusers(tiny_model, width, height, frames, steps, scale, 
     assert theirs.std() > 1
     assert (made.latents - theirs).abs().max() <= 1e-4
     assert made.evaluations == evaluations(spec, frames)
+
+
+def test_text_of_a_model_that_predicts_v_equals_diffusers(tiny_model, tmp_path):
+    """As Stable Diffusion 2's 768 px models do."""
+    model = tmp_path / "v"
+    shutil.copytree(tiny_model, model)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    spec, components = make(model, negative_prompt="blue", num_inference_steps=10, chunk_size=2)
+    made = generate(components, Request(spec, SEED, 64, 64, 4)).latents
+    theirs = text_reference(model, 64, 64, 4, 10, 7.5, *t0_t1(spec))
+    assert (made - theirs).abs().max() <= 1e-4
+    assert (made - text_reference(tiny_model, 64, 64, 4, 10, 7.5, *t0_t1(spec))).abs().max() > 0.1
 
 
 def test_the_papers_setting_takes_389_evaluations():
