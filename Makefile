@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix bench columns clean
+.PHONY: help setup demo test check fix eval bench columns clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -40,8 +40,11 @@ fix: $(READY)    ## format, and mend what ruff can
 columns: $(READY)  ## rewrite the table of columns in manifests/README.md
 	@$(BIN)/python -m t2vz.columns
 
+eval: $(READY)   ## measure quality with the embedded model into eval-out/; the last line is one JSON object
+	@$(BIN)/t2vz eval --out eval-out
+
 bench: $(READY)  ## benchmarks; each prints one JSON object as its last line
 	@set -e; for file in tests/benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:           ## remove what was made, the environment too
-	rm -rf $(VENV) demo-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo-out eval-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
