@@ -153,10 +153,15 @@ def latents(model, **columns):
     return generate(loading.load(spec, "cpu"), Request(spec, 7, 64, 64, 2, **inputs)).latents
 
 
+def same_but_for_rounding(ours, theirs):
+    """Weights lie elsewhere in memory, and matrix products round by how they are aligned."""
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
 def test_the_file_makes_the_folders_latents(tiny_model, tmp_path, configs):
     file = write_original(tiny_model, tmp_path / "dreambooth.safetensors")
     base = str(configs(tiny_model))
-    assert torch.equal(latents(file, base_config=base), latents(tiny_model))
+    same_but_for_rounding(latents(file, base_config=base), latents(tiny_model))
 
     parts = loading.load(JobSpec(prompt="x", model=str(file), base_config=base), "cpu")
     vae = loading.load(JobSpec(prompt="x", model=str(tiny_model)), "cpu").vae
@@ -223,7 +228,7 @@ def test_a_controlnets_file_takes_its_shape_from_the_unet(tiny_model, tmp_path):
     expected = latents(tiny_model, controlnet=str(tmp_path / "folder"), **control)
     # The original layout, and diffusers' names, as most are shared now.
     for file in ("original.safetensors", "folder/diffusion_pytorch_model.safetensors"):
-        assert torch.equal(latents(tiny_model, controlnet=str(tmp_path / file), **control), expected)
+        same_but_for_rounding(latents(tiny_model, controlnet=str(tmp_path / file), **control), expected)
 
 
 def test_the_configs_may_be_a_hub_models(tiny_model, tmp_path, configs, hub_cache):
@@ -233,7 +238,7 @@ def test_the_configs_may_be_a_hub_models(tiny_model, tmp_path, configs, hub_cach
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text(commit)
     file = write_original(tiny_model, tmp_path / "dreambooth.safetensors")
-    assert torch.equal(latents(file, base_config="somebody/family"), latents(tiny_model))
+    same_but_for_rounding(latents(file, base_config="somebody/family"), latents(tiny_model))
     identity = table.identity(JobSpec(prompt="x", model=str(file), base_config="somebody/family"))
     assert identity.endswith(f" somebody/family@{commit}")
 
