@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def _tokenizer() -> Any:
     """A CLIP tokenizer over bytes, with merges that make each word of `_WORDS` one token."""
     from transformers import CLIPTokenizer
 
-    letters = list(_byte_letters())
+    letters = list(byte_letters())
     vocabulary = letters + [f"{letter}</w>" for letter in letters]
     merges: list[str] = []
     for word in dict.fromkeys(_WORDS.split()):
@@ -189,7 +190,7 @@ def _tokenizer() -> Any:
         return CLIPTokenizer.from_pretrained(where, model_max_length=77)
 
 
-def _byte_letters() -> Any:
+def byte_letters() -> Iterator[str]:
     """The 256 printable letters that byte-level BPE writes the bytes as."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     yield from (chr(byte) for byte in printable)

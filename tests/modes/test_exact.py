@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
     CrossFrameAttnProcessor2_0,
 )
+from reference import Corrected, initial, quiet
 
 from t2vz.engine import noise, schedule, vae
 from t2vz.engine.lockstep import Snapshot
@@ -34,23 +35,8 @@ SEED = 11
 PROMPT = "a red ball on the grass"
 
 
-class CorrectedPipeline(TextToVideoZeroPipeline):
-    """diffusers' pipeline with keyed noise and a corrected DDPM-forward step: its product of alphas is off by one."""
-
-    def forward_loop(self, x_t0, t0, t1, generator):
-        alphas = self.scheduler.alphas_cumprod
-        ratio = alphas[t1] / alphas[t0]
-        eps = noise.draw(SEED, "motion", range(1, len(x_t0) + 1), tuple(x_t0.shape[1:]))
-        return ratio.sqrt() * x_t0 + (1 - ratio).sqrt() * eps
-
-
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def initial(width, height):
-    return noise.draw(SEED, "initial", [0], (4, height // 8, width // 8))
+class CorrectedPipeline(Corrected, TextToVideoZeroPipeline):
+    seed = SEED
 
 
 @functools.cache
@@ -73,7 +59,7 @@ def text_reference(model, width, height, frames, steps, scale, t0, t1):
         t1=t1,
         motion_field_strength_x=12 * short / width,
         motion_field_strength_y=12 * short / height,
-        latents=initial(width, height),
+        latents=initial(SEED, width, height),
         output_type="latent",
     ).images
 
@@ -161,7 +147,7 @@ def test_control_with_two_conditions_equals_diffusers(tiny_model, tiny_controlne
         height=height,
         num_inference_steps=steps,
         guidance_scale=scale,
-        latents=initial(width, height).repeat(frames, 1, 1, 1),
+        latents=initial(SEED, width, height).repeat(frames, 1, 1, 1),
         controlnet_conditioning_scale=[0.7, 1.2],
         output_type="latent",
     ).images
@@ -196,7 +182,7 @@ def test_edit_equals_diffusers(tiny_edit_model, monkeypatch, chunk):
         image=torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255,
         num_inference_steps=steps,
         guidance_scale=3,
-        latents=initial(width, height).repeat(frames, 1, 1, 1),
+        latents=initial(SEED, width, height).repeat(frames, 1, 1, 1),
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images

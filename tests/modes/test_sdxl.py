@@ -18,6 +18,7 @@ from diffusers import (
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
     CrossFrameAttnProcessor2_0,
 )
+from reference import Corrected, initial, quiet
 from tiny_sdxl import write_sdxl
 
 from t2vz.engine import noise
@@ -43,23 +44,8 @@ def models(tmp_path_factory):
     return folder
 
 
-class CorrectedPipeline(TextToVideoZeroSDXLPipeline):
-    """diffusers' pipeline with keyed noise and a corrected DDPM-forward step: its product of alphas is off by one."""
-
-    def forward_loop(self, x_t0, t0, t1, generator):
-        alphas = self.scheduler.alphas_cumprod
-        ratio = alphas[t1] / alphas[t0]
-        eps = noise.draw(SEED, "motion", range(1, len(x_t0) + 1), tuple(x_t0.shape[1:]))
-        return ratio.sqrt() * x_t0 + (1 - ratio).sqrt() * eps
-
-
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def initial(width, height):
-    return noise.draw(SEED, "initial", [0], (4, height // 8, width // 8))
+class CorrectedPipeline(Corrected, TextToVideoZeroSDXLPipeline):
+    seed = SEED
 
 
 def make(model, **columns):
@@ -85,7 +71,7 @@ def text_reference(model, width, height, frames, steps, negative, t0, t1):
         t1=t1,
         motion_field_strength_x=12 * short / width,
         motion_field_strength_y=12 * short / height,
-        latents=initial(width, height),
+        latents=initial(SEED, width, height),
         output_type="latent",
     ).images
 
@@ -133,7 +119,7 @@ def test_control_equals_diffusers(models, scale):
         height=height,
         num_inference_steps=steps,
         guidance_scale=scale,
-        latents=initial(width, height).repeat(frames, 1, 1, 1),
+        latents=initial(SEED, width, height).repeat(frames, 1, 1, 1),
         controlnet_conditioning_scale=0.7,
         output_type="latent",
     ).images
@@ -168,7 +154,7 @@ def test_edit_equals_diffusers(models, monkeypatch):
         height=height,
         num_inference_steps=steps,
         guidance_scale=3,
-        latents=initial(width, height).repeat(frames, 1, 1, 1),
+        latents=initial(SEED, width, height).repeat(frames, 1, 1, 1),
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images
