@@ -134,7 +134,8 @@ class _Pipeline:
             given["seed"] = int(torch.randint(2**63 - 1, ()))
         arrays = {name: given[name] for name in SOURCE_COLUMNS if not isinstance(given.get(name, ""), str)}
         try:
-            spec = JobSpec(**{**given, **dict.fromkeys(arrays, "(an array)"), "mode": self.mode})
+            cells = {**given, **dict.fromkeys(arrays, "(an array)"), "mode": self.mode}
+            spec = JobSpec.model_validate(cells, context=self.columns.keys())
         except ValidationError as error:
             raise ManifestError("; ".join(str(Problem(0, "", *problem)) for problem in explained(error))) from None
         with translating("generate"):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from t2vz.errors import T2VZError, translate
+from t2vz.errors import OutputError, T2VZError, UnexpectedError, UnknownModel, translate, translating
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,8 +170,11 @@ def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **option
 
     from t2vz.plan import Done
     from t2vz.plan import plan as planned
+    from t2vz.quality import check_clip_model
 
-    # Before anything heavy starts: a manifest that can't be used, or nothing to do.
+    # Before anything heavy starts: a model or manifest that can't be used, or nothing to do.
+    if options["clip_model"] is not None:
+        check_clip_model(options["clip_model"])
     items = planned(manifest, out, defaults, verify=options["verify"])
     first = next(items, None)
     if first is None:
@@ -200,7 +203,8 @@ def results(out: str, status: str | None, mode: str | None, everything: bool, ta
     from t2vz.results import export, read
 
     if target is not None:
-        count = export(out, target, status=status, mode=mode, all=everything)
+        with _writing(target), translating("results"):
+            count = export(out, target, status=status, mode=mode, all=everything)
         click.echo(f"{_counted(count, 'row')} written to {target}")
         return OK
     found = read(out, all=everything).where(status=status, mode=mode)
@@ -210,6 +214,25 @@ def results(out: str, status: str | None, mode: str | None, everything: bool, ta
     for row in found:
         click.echo(_row_line(out, row))
     click.echo(_counted(len(found), "row"))
+    return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("out", type=click.Path())
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--mode", type=click.Choice(["text", "control", "edit"]), help="Only rows of this mode.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many rows.")
+@click.option("--columns", type=click.IntRange(1), default=1, show_default=True, help="Rows side by side.")
+@click.option("--scale", type=click.FloatRange(0.1, 4), default=1.0, show_default=True, help="1: frames 128 px high.")
+def sheet(out: str, file: Path, **options: Any) -> int:
+    """Draw a contact sheet of the output folder OUT into FILE (.png, .webp, .jpg).
+
+    Of each finished row eight frames: its source, its conditions and its result under each other, in step.
+    """
+    from t2vz.sheet import write_sheet
+
+    count = write_sheet(out, file, **options)
+    click.echo(f"{_counted(count, 'row')} drawn in {file}")
     return OK
 
 
@@ -248,8 +271,12 @@ def evaluate(out: Path, family: Path | None, device: str, steps: int | None, **o
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from t2vz.mini.evaluate import evaluate, family_in
+    from t2vz.plan import check_out
     from t2vz.render import resolve_device
 
+    check_out(out)
+    if family is not None:
+        _check_family(family, whole=not options["parts"] or "control" in options["parts"])
     given: dict[str, Any] = {} if family is None else {"family": family_in(family)}
     if steps is not None:
         given["steps"] = steps
@@ -263,10 +290,31 @@ def evaluate(out: Path, family: Path | None, device: str, steps: int | None, **o
                 tasks[part] = progress.add_task(part, total=total)
             progress.update(tasks[part], completed=done)
 
-        keys = evaluate(out, device=resolve_device(device), on_case=on_case, **options, **given)
+        with _writing(out):
+            keys = evaluate(out, device=resolve_device(device), on_case=on_case, **options, **given)
     click.echo(f"the page: {out / 'eval.html'}; all figures: {out / 'eval.json'}")
     click.echo(json.dumps(keys))
     return OK
+
+
+def _check_family(folder: Path, *, whole: bool) -> None:
+    """Raise UnknownModel if a member is missing. whole: those of control mode are needed, too."""
+    control = ("controlnet-edge", "controlnet-depth", "controlnet-pose", "depth", "pose", "detector")
+    missing = [name for name in ("base", "edit", *(control if whole else ())) if not (folder / name).is_dir()]
+    if missing:
+        raise UnknownModel(f"{folder}: not a family that t2vz.mini.train made: it has no {', '.join(missing)}")
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """What the operating system has against writing there, plainly."""
+    try:
+        yield
+    except UnexpectedError as error:
+        if isinstance(error.__cause__, OSError):
+            why = error.__cause__.strerror or error.__cause__
+            raise OutputError(f"{path}: can't be written ({why})", stage=error.stage) from error
+        raise
 
 
 def _run_flow(console: Console, quiet: bool, **parameters: Any) -> dict[str, Any]:
@@ -330,7 +378,6 @@ def _interruptible(console: Console) -> Iterator[None]:
 
 def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
     """The closing summary: a line a row if they are few, the counts, where things are, what to know."""
-    from t2vz.models.table import note
     from t2vz.results import read
 
     ended = [row for row in read(out, all=True) if row.run_id == summary["run_id"]]
@@ -340,9 +387,6 @@ def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
     said = {"ok": "rendered", "failed": "failed", "skipped": "done by another run", "done": "done before"}
     click.echo(", ".join(f"{summary[status]} {word}" for status, word in said.items() if summary.get(status)))
     click.echo(f"videos in {os.path.join(out, 'videos')}; the table: t2vz results {out}")
-    for model in sorted({row.model for row in ended if row.model and row.status == "ok"}):
-        if text := note(model):
-            click.echo(f"note: {text}")
 
 
 def _row_line(out: str, row: ResultRow) -> str:

@@ -146,12 +146,12 @@ def _rows(
             else:
                 id = given
             wanted = {**filling.get(cells.get("mode") or defaults.get("mode", "text"), anywhere), **cells}
-            paths.resolve(wanted)
+            problems += paths.resolve(wanted)
             wanted["id"] = id
             try:
-                spec = JobSpec.model_validate(wanted)
+                spec = JobSpec.model_validate(wanted, context=wanted.keys() - cells.keys())
             except ValidationError as error:
-                problems += _all_explained(error, wanted)
+                problems += _all_explained(error, wanted, wanted.keys() - cells.keys())
             if problems:
                 yield _bad(number, id, problems, sorted(cells.items()))
             else:
@@ -210,7 +210,9 @@ class _Paths:
         self._models = [name for name in MODEL_COLUMNS if name in columns]
         self._known: dict[str, str] = {}
 
-    def resolve(self, cells: dict[str, str]) -> None:
+    def resolve(self, cells: dict[str, str]) -> list[tuple[str, str, str, str]]:
+        """The cells with their paths made absolute, in place; problems as (column, value, reason, suggestion)."""
+        problems = []
         for name in self._sources:
             value = cells.get(name)
             if value and not _URI.match(value) and value not in MASK_SOURCES:
@@ -220,15 +222,18 @@ class _Paths:
             if value:
                 parts = value.split("+") if name in ("controlnet", "lora", "textual_inversion") else [value]
                 cells[name] = "+".join(self._model(part.strip()) for part in parts)
+                if len(parts) > 1 and os.path.exists(_absolute(self._folder, value)):
+                    problems.append((name, value, "is read as several, joined by +: rename the file without it", ""))
+        return problems
 
     def _model(self, name: str) -> str:
         """A model is a name or a hub id unless it is written as a path or lies beside the manifest."""
-        if name not in self._known:
+        if name and name not in self._known:  # an empty one is refused later, and is not the manifest's folder
             path = _absolute(self._folder, name)
             is_path = name.startswith(("./", "../")) or name.endswith(".safetensors") or os.path.exists(path)
             is_path &= "\0" not in name and not name.startswith("~")
             self._known[name] = path if is_path else name
-        return self._known[name]
+        return self._known.get(name, "")
 
 
 @lru_cache(maxsize=4096)  # many rows share a source
@@ -404,7 +409,9 @@ def explained(error: ValidationError) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _all_explained(error: ValidationError, cells: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
+def _all_explained(
+    error: ValidationError, cells: Mapping[str, str], defaults: Collection[str]
+) -> list[tuple[str, str, str, str]]:
     """`explained`, and what is wrong between the other cells: JobSpec looks at that only when each is good."""
     found = explained(error)
     bad = {column for column, *_ in found}
@@ -412,7 +419,7 @@ def _all_explained(error: ValidationError, cells: Mapping[str, str]) -> list[tup
         return found
     others = {"prompt": "-", **{name: value for name, value in cells.items() if name not in bad}}
     try:
-        JobSpec.model_validate(others)
+        JobSpec.model_validate(others, context=defaults)
     except ValidationError as more:
         found += [problem for problem in explained(more) if problem[0] not in bad]
     return found
@@ -434,6 +441,7 @@ def _reason(kind: str, message: str, context: Mapping[str, Any], choices: list[s
         "less_than": "must be below {lt}",
         "less_than_equal": "must be at most {le}",
         "multiple_of": "must be a multiple of {multiple_of}",
+        "parts": message,
         "rate": "is " + message if message.startswith("not") else message.removeprefix("a rate "),
         "string_too_long": "is longer than {max_length} characters",
         "string_too_short": "is empty",

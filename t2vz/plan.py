@@ -14,17 +14,25 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2vz.errors import GenerationError, OutputError, SourceEmpty, SourceTooLarge, T2VZError, translating
-from t2vz.manifest import BadRow, Problem, Row, read
+from t2vz.errors import (
+    ConditionError,
+    GenerationError,
+    OutputError,
+    SourceEmpty,
+    SourceError,
+    SourceMissing,
+    SourceTooLarge,
+    T2VZError,
+    translating,
+)
+from t2vz.manifest import BadRow, Problem, Row, meant, read
 from t2vz.media.limits import Limits
+from t2vz.media.local import naming, reading
 from t2vz.results import Finished, ResultStore
-from t2vz.spec import MODEL_COLUMNS, TEXT_FRAMES, JobSpec, evaluations, job_id, seed_of
+from t2vz.spec import MASK_SOURCES, MODEL_COLUMNS, TEXT_FRAMES, JobSpec, evaluations, job_id, seed_of
 
 if TYPE_CHECKING:
     from t2vz.media.probe import Probe
-
-
-# The columns that a row's model identity depends on: rows that agree in them share one look at the files.
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +182,6 @@ def is_there(out: str | Path, finished: Finished, verify: bool = False) -> bool:
 def _planned(
     rows: Iterable[Row | BadRow], out: Path, done: Mapping[str, Finished], limits: Limits, verify: bool
 ) -> Iterator[Job | Unready | Done]:
-    from t2vz.media.fingerprint import fingerprint
     from t2vz.media.probe import probe
 
     @lru_cache(maxsize=256)  # rows that share a source mostly follow each other
@@ -190,16 +197,62 @@ def _planned(
         source = spec.condition_video or spec.source
         try:
             revision = revision_of(spec)
-            content = "+".join(map(fingerprint, spec.sources)) or None
+            content = _content(spec)
             job = job_id(spec, revision, content)
             if job in done and is_there(out, done[job], verify):
                 yield Done(job, row.id)
                 continue
             frames = _frames(spec, None if source is None else probed(source), limits)
+            _check_pictures(spec, frames, probed)
         except T2VZError as error:
             yield Unready(row.number, row.id, job_id(spec, f"unready {spec.model}", source), error, spec)
             continue
         yield Job(job, row, seed_of(spec, revision, content), revision, content, frames, evaluations(spec, frames))
+
+
+def _content(spec: JobSpec) -> str | None:
+    """The fingerprints of the row's files, in the order of `spec.sources`."""
+    from t2vz.media.fingerprint import fingerprint
+
+    found = []
+    if source := spec.condition_video or spec.source:
+        found.append(fingerprint(source))
+    if spec.mask_video is not None:
+        with naming("foreground_mask"):
+            try:
+                found.append(fingerprint(spec.mask_video))
+            except SourceMissing as error:
+                names = dict.fromkeys(MASK_SOURCES)
+                raise SourceMissing(error.message + meant(Path(spec.mask_video).name, names)) from error
+    if spec.ip_adapter_image is not None:
+        with naming("ip_adapter_image"):
+            found.append(fingerprint(spec.ip_adapter_image))
+    return "+".join(found) or None
+
+
+def _check_pictures(spec: JobSpec, frames: int, probed: Callable[[str], Probe]) -> None:
+    """Raise SourceError and its kinds, ConditionError, if the row's mask video or picture can't be used."""
+    from t2vz.media.images import image_size
+
+    if spec.mask_video is not None:
+        with naming("foreground_mask"):
+            mask = probed(spec.mask_video)
+            if mask.constant_rate:  # else only decoding tells how many frames it has
+                check_mask_length(mask.frames, frames)
+    if (picture := spec.ip_adapter_image) is not None:
+        with naming("ip_adapter_image"), reading(picture):
+            if Path(picture).is_dir():
+                raise SourceError(f"{picture}: a folder; name one picture")
+            image_size(Path(picture))
+
+
+def check_mask_length(given: int, frames: int) -> None:
+    """Raise ConditionError if a mask video of `given` frames is too short for a clip."""
+    if given < frames:
+        raise ConditionError(
+            f"foreground_mask: the mask video has {given} frame{'' if given == 1 else 's'}, but {frames} are asked "
+            f"for; lower video_length to {given} or give a longer one"
+        )
 
 
 def _revisions() -> Callable[[JobSpec], str]:

@@ -6,10 +6,13 @@ They are made of frames as they pass, before encoding: of a clip only a frame or
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from t2vz.errors import UnsupportedModel
 
 Frame = NDArray[np.uint8]  # (H, W, 3), RGB
 
@@ -70,7 +73,7 @@ class Meter:
         device: str = "cpu",
     ) -> None:
         self._chunk_size, self._edges, self._canny = chunk_size, edges, canny
-        self._clip = None if clip_model is None else _ClipScores(clip_model, prompt, device)
+        self._clip = None if clip_model is None else ClipScores(clip_model, prompt, device)
         self._black: list[bool] = []
         self._frozen: list[bool] = []
         self._flickers: list[float] = []
@@ -221,19 +224,20 @@ def edge_f1(found: NDArray[np.bool_], wanted: NDArray[np.bool_], tolerance_px: f
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-class _ClipScores:
-    """Sums of cosines in CLIP's space."""
+class ClipScores:
+    """The measures of CLIP, as frames come. reference: folder or hub id of a CLIPModel. Raises ModelError."""
 
     def __init__(self, reference: str, prompt: str, device: str) -> None:
         from t2vz.conditions.loading import load
 
-        self._processor, tokenizer, self._model = load(_load_clip, reference, device)
+        self._processor, tokenizer, self._model = load(_load_clip, reference, device, "clip_model")
         self._tokens = tokenizer([prompt], truncation=True, return_tensors="pt").to(device)
         self._last: Any = None
         self._between: list[float] = []
         self._with_prompt: list[float] = []
 
     def add(self, frames: NDArray[np.uint8]) -> None:
+        """The next frames: uint8 (f, H, W, 3), RGB."""
         import torch
 
         pictures = self._processor(images=list(frames), input_data_format="channels_last", return_tensors="pt")
@@ -246,11 +250,22 @@ class _ClipScores:
                 self._between.append(float(embedding @ self._last))
             self._last = embedding
 
-    def values(self) -> dict[str, float | None]:
-        return {
+    def values(self) -> dict[str, float]:
+        """The measures of all frames so far: see `measure`."""
+        found = {
             "clip_frame_consistency": _mean(self._between),
             "clip_prompt_consistency": _mean(self._with_prompt),
         }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def check_clip_model(reference: str) -> None:
+    """Raise ModelError (or one of its kinds) unless there is a folder or a hub model of this name. Loads nothing."""
+    from t2vz.models.table import revision
+
+    revision(reference, column="clip_model")
+    if Path(reference).is_file():
+        raise UnsupportedModel(f"clip_model: {reference}: a file; name the folder of a CLIPModel or a hub id")
 
 
 def _load_clip(reference: str, device: str) -> tuple[Any, Any, Any]:

@@ -25,10 +25,13 @@ from numpy.typing import NDArray
 from t2vz.clip import Clip
 from t2vz.errors import OutputError, T2VZError, translate, translating
 from t2vz.events import Event, emit
+from t2vz.media import strip
 from t2vz.media.limits import Limits
+from t2vz.media.local import local_source, naming, reading
 from t2vz.models import table
-from t2vz.plan import Job, Unready, check_out, is_there
+from t2vz.plan import Job, Unready, check_mask_length, check_out, is_there
 from t2vz.results import ResultRow, ResultStore
+from t2vz.sheet import strip_path
 from t2vz.spec import TEXT_FPS, TEXT_FRAMES, JobSpec, canonical, evaluations, t0_t1
 
 if TYPE_CHECKING:
@@ -170,6 +173,7 @@ class Render:
         self.generated: Generated | None = None
         self.encoded: Encoded | None = None
         self.quality: dict[str, float] = {}
+        self._thumbnails: list[NDArray[np.uint8]] = []  # of source and conditions
         self._edges: NDArray[np.uint8] | None = None  # the edge condition, for as long as quality needs it
         self.device = ""
         self._steps_done = 0
@@ -244,8 +248,6 @@ class Render:
 
     def _generate(self) -> None:
         from t2vz.engine.speed import compile_regions
-        from t2vz.media.images import read_image
-        from t2vz.media.local import local_source
         from t2vz.models.loading import load, native_px
         from t2vz.modes import Request, generate
 
@@ -287,7 +289,7 @@ class Render:
             source=clip.frames if clip is not None and spec.mode == "edit" else None,
             conditions=self.conditions,
             fps=self._rate_fps(),
-            picture=None if spec.ip_adapter_image is None else read_image(local_source(spec.ip_adapter_image)),
+            picture=self._picture(),
             scenes=self.scenes,
             masks=self._masks(width, height, frames),
             segment=self._segment if spec.foreground_mask == "segmentation" else None,
@@ -297,6 +299,7 @@ class Render:
         )
         self.generated = generate(self.components, self.request)
         self._warn(*self.generated.warnings)
+        self._thumbnails = [strip.thumbnails(frames) for frames in self._shown()]
         # The arrays of a long clip are big; from here on only its rate and sound are needed, and what is measured.
         if self.settings.measures and "edge" in spec.condition:
             self._edges = self.conditions[spec.condition.index("edge")]
@@ -305,25 +308,40 @@ class Render:
         if clip is not None:
             self.clip = replace(clip, frames=clip.frames[:1].copy(), timestamps_s=clip.timestamps_s[:1])
 
+    def _shown(self) -> list[NDArray[np.uint8]]:
+        """What the strip shows above the result: the source, if it is not the condition itself, and the conditions."""
+        source = [self.clip.frames] if self.clip is not None and self.spec.condition_video is None else []
+        return source + list(self.conditions)
+
+    def _picture(self) -> NDArray[np.uint8] | None:
+        """The IP-Adapter's picture: uint8 (H, W, 3), RGB."""
+        from t2vz.media.images import read_image
+
+        path = self.spec.ip_adapter_image
+        if path is None:
+            return None
+        with naming("ip_adapter_image"), reading(path):
+            return read_image(local_source(path))
+
     def _masks(self, width: int, height: int, frames: int) -> NDArray[np.bool_] | None:
         """The foreground as the mask video has it: bright is foreground."""
-        from t2vz.conditions import fit_condition
         from t2vz.media.decode import decode
 
         if self.spec.mask_video is None:
             return None
-        clip = decode(
-            self.spec.mask_video,
-            video_length=frames,
-            width=width,
-            height=height,
-            condition_video=True,
-            limits=self.settings.limits,
-            workspace=self.workspace,
-        )
-        pictures, warnings = fit_condition(clip.frames, frames)
-        self._warn(*clip.warnings, *warnings)
-        return np.stack([picture.max(axis=-1) >= 128 for picture in pictures])
+        with naming("foreground_mask"):
+            clip = decode(
+                self.spec.mask_video,
+                video_length=frames,
+                width=width,
+                height=height,
+                condition_video=True,
+                limits=self.settings.limits,
+                workspace=self.workspace,
+            )
+        check_mask_length(len(clip), frames)
+        self._warn(*(warning.replace("condition video", "mask video") for warning in clip.warnings))
+        return np.stack([picture.max(axis=-1) >= 128 for picture in clip.frames])
 
     def _segment(self, frames: NDArray[np.uint8]) -> NDArray[np.bool_]:
         from t2vz.conditions.segmentation import foreground
@@ -374,8 +392,10 @@ class Render:
         assert self.generated is not None
         spec, clip, latents = self.spec, self.clip, self.generated.latents
         cell = self.components.cell_px
+        result: list[NDArray[np.uint8]] = []
+        decoded = strip.collecting(vae.decode(self.components.vae, latents), len(latents), result)
         encoded = encode(
-            self._measured(self._unless_stopping(vae.decode(self.components.vae, latents))),
+            self._measured(self._unless_stopping(decoded)),
             self.workspace / f"video-{self.attempts['encode']}",
             width=latents.shape[-1] * cell,
             height=latents.shape[-2] * cell,
@@ -388,6 +408,10 @@ class Render:
         suffix = "" if spec.format == "png" else f".{spec.format}"
         name = f"{file_name(self.job.row.id)}-{encoded.sha256[:12]}{suffix}"
         self.encoded = publish(encoded, self.settings.out / "videos" / name)
+        try:
+            strip.write(strip_path(self.settings.out, name), [*self._thumbnails, result])
+        except OSError as error:  # the video is there: a picture of it is not worth its loss
+            self._warn(f"its strip could not be written ({error.strerror or error})")
 
     def _unless_stopping(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
         for batch in batches:
@@ -399,29 +423,25 @@ class Render:
         if not self.settings.measures:
             yield from batches
             return
-        from t2vz.quality import Meter
+        from t2vz.quality import ClipScores, Meter
 
-        spec, meter = self.spec, None
-        try:
-            meter = Meter(
-                chunk_size=spec.chunk_size,
-                edges=self._edges,
-                canny=(spec.canny_low, spec.canny_high),
-                prompt=spec.prompt,
-                clip_model=self.settings.clip_model,
-                device="cpu",  # another row is at the device
-            )
-        except Exception as error:
-            self._not_measured(error)
+        spec, clip_model = self.spec, self.settings.clip_model
+        canny = spec.canny_low, spec.canny_high
+        meters: list[Meter | ClipScores] = [Meter(chunk_size=spec.chunk_size, edges=self._edges, canny=canny)]
+        if clip_model is not None:  # one of its own: if it fails, the others are measured all the same
+            try:
+                meters.append(ClipScores(clip_model, spec.prompt, "cpu"))  # another row is at the device
+            except Exception as error:
+                self._not_measured(error)
         for batch in batches:
-            if meter is not None:
+            for meter in tuple(meters):
                 try:
                     meter.add(batch)
                 except Exception as error:
                     self._not_measured(error)
-                    meter = None
+                    meters.remove(meter)
             yield batch
-        self.quality = {} if meter is None else meter.values()
+        self.quality = {name: value for meter in meters for name, value in meter.values().items()}
 
     def _not_measured(self, error: Exception) -> None:
         self._warn(f"the quality could not be measured ({translate(error, 'quality').message})")

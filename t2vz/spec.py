@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 Mode = Literal["text", "control", "edit"]
@@ -36,7 +36,10 @@ def _parts(value: Any) -> Any:
     """ "edge+depth" → ("edge", "depth"), as cells hold several values joined by `+`; a number alone stands for one."""
     if isinstance(value, int | float):
         return (value,)
-    return tuple(part.strip() for part in value.split("+")) if isinstance(value, str) else value
+    parts = tuple(part.strip() for part in value.split("+")) if isinstance(value, str) else value
+    if isinstance(parts, (tuple, list)) and "" in parts:
+        raise PydanticCustomError("parts", "has an empty part: remove the +")
+    return parts
 
 
 def _rational(value: Any) -> Any:
@@ -264,8 +267,11 @@ class JobSpec(BaseModel):
     audio: bool = _column(True, "carry the source's sound of the range over", modes="control edit")
 
     @model_validator(mode="after")
-    def _columns_agree(self) -> JobSpec:
+    def _columns_agree(self, info: ValidationInfo) -> JobSpec:
         problems = _disagreements(self)
+        if not self.model_fields_set.isdisjoint(_IDLE):
+            # The context names the columns that a manifest's defaults filled: those may be of no use to some rows.
+            problems += [problem for problem in _idle(self) if problem[0] not in (info.context or ())]
         if problems:
             # One error with all of them in its context: `manifest.explained` takes them apart again.
             text = "; ".join(f"{column}: {reason}" for column, reason in problems)
@@ -394,8 +400,7 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("end_s", f"must be after start_s ({spec.start_s:g})"))
     if spec.model_fields_set & _MODEL_PARTS:
         bad += _model_disagreements(spec)
-    guided = spec.guidance_scale > 1 and (mode != "edit" or spec.image_guidance_scale >= 1)
-    if spec.guidance_end < 1 and not guided:
+    if spec.guidance_end < 1 and not _is_guided(spec):
         bad.append(("guidance_end", "has no effect while guidance is off"))
     if spec.attention_anchor != "first" and not spec.cross_frame_attention:
         bad.append(("attention_anchor", "has no effect without cross_frame_attention"))
@@ -412,8 +417,46 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
     return bad
 
 
+def _is_guided(spec: JobSpec) -> bool:
+    return spec.guidance_scale > 1 and (spec.mode != "edit" or spec.image_guidance_scale >= 1)
+
+
+# Columns that only some conditions read, with these conditions.
+_EXTRACTING = {
+    "depth_model": ("depth",),
+    "pose_model": ("pose",),
+    "person_detector": ("pose",),
+    "annotators": ("openpose", "hed", "lineart", "normal"),
+    "canny_low": ("edge",),
+    "canny_high": ("edge",),
+}
+_MANY_FRAMES = ("t0", "t1", "warp", "background_smoothing")
+_IDLE = frozenset(("revision", "base_config", "negative_prompt", *_EXTRACTING, *_MANY_FRAMES))
+
+
+def _idle(spec: JobSpec) -> list[tuple[str, str]]:
+    """(column, reason) for what is given and has no effect in this row."""
+    bad: list[tuple[str, str]] = []
+    given, model = {name for name in spec.model_fields_set if getattr(spec, name) is not None}, spec.model
+    if spec.revision is not None and (model.startswith(("mini/", "/", "./", "../")) or model == "mini"):
+        bad.append(("revision", f"has no effect with model {model}: it is for models on the hub"))
+    if spec.base_config is not None and not model.endswith(".safetensors"):
+        bad.append(("base_config", "has no effect unless model is a single .safetensors file"))
+    if spec.negative_prompt and not _is_guided(spec):
+        bad.append(("negative_prompt", "has no effect while guidance is off"))
+    if spec.mode == "control" and spec.condition:
+        for name, readers in _EXTRACTING.items():
+            if name in given and spec.condition_video is not None:
+                bad.append((name, "has no effect with condition_video, which is taken as it is"))
+            elif name in given and not set(readers) & set(spec.condition):
+                bad.append((name, f"has no effect without {' or '.join(readers)} in condition"))
+    if spec.mode == "text" and spec.video_length == 1 and spec.motion_dynamics:
+        bad += [(name, "has no effect with video_length=1") for name in _MANY_FRAMES if name in given]
+    return bad
+
+
 _IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale", "image_encoder")
-_MODEL_PARTS = frozenset(("lora", "lora_scale", "ip_adapter", *_IP_ADAPTER))
+_MODEL_PARTS = frozenset(("lora", "lora_scale", "textual_inversion", "ip_adapter", *_IP_ADAPTER))
 
 
 def _model_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
@@ -424,6 +467,8 @@ def _model_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("lora_scale", "has no effect without lora"))
     if not all(-10 <= scale <= 10 for scale in spec.lora_scale):
         bad.append(("lora_scale", "must be between -10 and 10"))
+    if len(set(spec.textual_inversion)) != len(spec.textual_inversion):
+        bad.append(("textual_inversion", "names one twice: remove one of them"))
     if spec.ip_adapter is None:
         bad += [(name, "has no effect without ip_adapter") for name in _IP_ADAPTER if name in spec.model_fields_set]
     elif spec.ip_adapter_image is None:
@@ -444,6 +489,8 @@ def _text_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
     t0, t1 = t0_t1(spec)
     if t1 > last:
         bad.append(("t1", f"must be at most num_inference_steps - 1 ({last})"))
+    elif t0 >= t1 and spec.t0 is None:
+        bad.append(("t1", f"must be above t0, which is {t0} here: t1 is the noisier end"))
     elif t0 >= t1:
         bad.append(("t0", f"must be below t1 ({t1}): t1 is the noisier end"))
     return bad

@@ -14,7 +14,7 @@ from typing import Any
 # Before anything imports huggingface_hub, which reads them once: a cache of the tests' own, and no hub.
 _CACHE = Path(tempfile.mkdtemp(prefix="t2vz-tests-"))
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ.update(T2VZ_CACHE=str(_CACHE), HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(_CACHE / "hub"))
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(_CACHE / "hub"))
 os.environ.update(PREFECT_HOME=str(_CACHE / "prefect"), DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false")
 
 import pytest  # noqa: E402
@@ -35,12 +35,6 @@ def real_clips() -> Path:
             f"no real clips at {folder} (T2VZ_TEST_CLIPS names their folder); generated clips are used elsewhere"
         )
     return folder
-
-
-@pytest.fixture(scope="session")
-def cache() -> Path:
-    """The tests' own cache of the embedded models."""
-    return _CACHE
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +68,7 @@ def write_manifest() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a tiny Stable Diffusion with random weights."""
-    from t2vz.models.mini import write_pipeline
+    from tiny import write_pipeline
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(1)
@@ -85,7 +79,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a tiny InstructPix2Pix with random weights."""
-    from t2vz.models.mini import write_pipeline
+    from tiny import write_pipeline
 
     folder = tmp_path_factory.mktemp("models") / "tiny-edit"
     torch.manual_seed(2)
@@ -96,7 +90,7 @@ def tiny_edit_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_controlnets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two ControlNets with random weights that fit `tiny_model`."""
-    from t2vz.models.mini import write_controlnet
+    from tiny import write_controlnet
 
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("models")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pyarrow.csv
 import pytest
+from PIL import Image
 
 from t2vz.cli import cli, main
 from t2vz.results import ResultRow, ResultStore
+from t2vz.sheet import strip_path
 
 HEAVY = ("torch", "prefect", "diffusers", "transformers", "controlnet_aux", "decord", "accelerate", "cv2")
 
@@ -104,6 +106,41 @@ def test_wrong_usage_exits_2(command: list[str], capsys: pytest.CaptureFixture[s
     assert "Usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["nonsense", "{manifest}", "mini/base", "mini"])
+def test_a_clip_model_that_is_none_is_refused_before_the_run(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, out = write(tmp_path, GOOD), tmp_path / "new"
+    assert main(["run", manifest, "--out", str(out), "--clip-model", name.format(manifest=manifest)]) == 2
+    assert capsys.readouterr().err.startswith("error: clip_model: ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["results", "{out}", "--export", "{folder}/taken.csv"], "taken.csv: can't be written (Is a directory)"),
+        (["results", "{out}", "--export", f"{{folder}}/{'x' * 300}.csv"], "can't be written (File name too long)"),
+        (["eval", "--out", "{manifest}"], "manifest.csv: not a folder"),
+        (
+            ["eval", "--out", "{folder}/new", "--family", "{folder}"],
+            "not a family that t2vz.mini.train made: it has no b",
+        ),
+        (["sheet", "{out}", "{folder}/s.txt"], "s.txt: name a file that ends in .png, .webp or .jpg"),
+        (["sheet", "{out}", "{folder}/s.png", "--scale", "nan"], "scale must be a number above 0"),
+    ],
+)
+def test_what_can_not_be_written_is_told_plainly_and_first(
+    command: list[str], said: str, tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken.csv").mkdir()
+    manifest = write(tmp_path, GOOD)
+    assert main([part.format(out=out, folder=tmp_path, manifest=manifest) for part in command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "Error:" not in line
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("T2VZ_DEBUG", "1")
     with pytest.raises(Exception, match="no such manifest"):
@@ -122,6 +159,18 @@ def test_results_filters(out: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["results", out, "--mode", "text", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["id"], row["wall_s"]) == ("boat", 2.5)
+
+
+def test_a_sheet_has_no_more_columns_than_rows(out: str, tmp_path: Path) -> None:
+    strip = strip_path(out, "videos/boat.mp4")
+    strip.parent.mkdir()
+    Image.new("RGB", (320, 128)).save(strip)
+    sizes = []
+    for columns in (1, 10**6):
+        assert main(["sheet", out, str(tmp_path / "s.png"), "--columns", str(columns)]) == 0
+        with Image.open(tmp_path / "s.png") as sheet:
+            sizes.append(sheet.size)
+    assert sizes[0] == sizes[1]
 
 
 def test_results_export(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

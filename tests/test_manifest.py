@@ -336,6 +336,29 @@ def test_bad_defaults_stop_the_manifest(manifest, defaults, message):
         read(manifest("prompt\na\n"), defaults)
 
 
+def test_a_default_that_only_some_rows_can_use_is_no_fault_of_the_others(manifest):
+    defaults = {"depth_model": "org/depth", "canny_low": "50", "negative_prompt": "blue", "revision": "main"}
+    path = manifest("mode,prompt,source,condition,guidance_scale\ncontrol,a,c,depth,\ncontrol,a,c,pose,1\n,b,,,\n")
+    depth, pose, text = specs(path, **defaults)
+    assert (depth.depth_model, pose.canny_low, text.negative_prompt) == ("org/depth", 50, "blue")
+    row = only_bad(manifest("mode,prompt,source,condition,depth_model\ncontrol,a,c,pose,org/depth\n"))
+    assert row.problems[0].column == "depth_model"
+
+
+@pytest.mark.parametrize("cell", ["mini/lora+", "+mini/lora", "+"])
+def test_an_empty_part_is_not_the_manifests_folder(manifest, tmp_path, cell):
+    (tmp_path / "found.safetensors").touch()
+    (problem,) = only_bad(manifest(f"prompt,lora\na,{cell}\n")).problems
+    assert (problem.column, problem.reason) == ("lora", "has an empty part: remove the +")
+
+
+def test_a_file_whose_name_holds_a_plus_is_told(manifest, tmp_path):
+    (tmp_path / "film+ink.safetensors").touch()
+    (problem,) = only_bad(manifest("prompt,lora\na,film+ink.safetensors\n")).problems
+    assert (problem.column, problem.value) == ("lora", "film+ink.safetensors")
+    assert "rename the file" in problem.reason
+
+
 def test_paths_are_relative_to_the_manifest(tmp_path, manifest, monkeypatch):
     (tmp_path / "nets").mkdir()
     (tmp_path / "my.safetensors").touch()

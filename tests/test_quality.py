@@ -216,10 +216,12 @@ def test_a_run_measures_its_rows_when_asked(edge_job, tmp_path, clip_model, caps
 
 
 def test_what_can_not_be_measured_fails_no_row(edge_job, tmp_path):
+    """And what can be, is."""
     row = rendered(edge_job, Settings(tmp_path / "out", "m", "run", clip_model=str(tmp_path / "none")))
     assert row.status == "ok"
-    assert row.quality is None
-    assert any("quality could not be measured" in warning for warning in row.warnings)
+    assert {"flicker", "warp_error", "seam_ratio", "edge_f1"} <= set(json.loads(row.quality))
+    assert not any(name.startswith("clip") for name in json.loads(row.quality))
+    assert any("quality could not be measured (clip_model: " in warning for warning in row.warnings)
 
 
 def test_a_clip_model_that_is_none_is_an_error(tmp_path):

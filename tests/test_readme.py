@@ -67,7 +67,7 @@ def test_the_commands_are_there(capsys):
         command = shlex.split(line)[1]
         assert command in cli.cli.commands
     assert cli.main(["plan", str(ROOT / "manifests" / "demo.csv")]) == 0
-    assert "6 jobs" in capsys.readouterr().out
+    assert "9 jobs" in capsys.readouterr().out
 
 
 def test_every_command_of_the_makefile_that_is_named_exists():

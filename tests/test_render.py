@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from t2vz.errors import OutputError
 from t2vz.events import Event, listening
 from t2vz.plan import Job, plan
 from t2vz.render import Settings, file_name, opening, render
 from t2vz.results import ResultRow, ResultStore
+from t2vz.sheet import write_sheet
 
 
 @pytest.fixture
@@ -95,6 +97,17 @@ def test_a_result_that_storage_does_not_take_at_once_is_tried_again(job, tmp_pat
     monkeypatch.setattr("t2vz.render.time.sleep", lambda seconds: None)
     assert rendered(job, Settings(tmp_path / "out", "m", "run")).status == "ok"
     assert len(tries) == 3
+
+
+def test_a_strip_that_cant_be_written_costs_a_warning_and_not_the_video(job, tmp_path):
+    settings = Settings(tmp_path / "out", "m", "run")
+    settings.out.mkdir()
+    (settings.out / "strips").write_text("in the way")
+    row = rendered(job, settings)
+    assert row.status == "ok"
+    assert row.warnings == ("its strip could not be written (File exists)",)
+    with pytest.raises(OutputError, match="no finished row with a strip"):
+        write_sheet(settings.out, tmp_path / "sheet.png")
 
 
 def test_a_damaged_snapshot_costs_the_time_it_would_have_saved_and_no_more(job, tmp_path):

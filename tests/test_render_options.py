@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2vz.errors import SourceError, SourceMissing
 from t2vz.plan import Job, Unready, plan
-from t2vz.render import Settings, opening, render
+from t2vz.render import Render, Settings, opening, render
 
 SIZE, FRAMES = 64, 5
 
@@ -74,7 +75,52 @@ def test_a_file_that_is_not_there_is_named(tiny_model, tmp_path, column):
     beside = {"background_smoothing": 0.4} if column == "foreground_mask" else {"ip_adapter": weights.name}
     item = planned(tmp_path, tiny_model, **beside, **{column: "nowhere.png"})
     assert isinstance(item, Unready)
+    assert type(item.error) is SourceMissing
+    assert item.error.message.startswith(f"{column}: ")
     assert "nowhere.png" in item.error.message
+
+
+def test_a_misspelt_kind_of_mask_is_told(tiny_model, tmp_path):
+    item = planned(tmp_path, tiny_model, background_smoothing=0.4, foreground_mask="Atention")
+    assert "did you mean 'attention'?" in item.error.message
+
+
+@pytest.mark.parametrize("what", ["folder", "text", "changed"])
+def test_what_is_no_picture_is_told_by_its_column(tiny_model, tmp_path, what):
+    """Before anything is rendered, if it isn't changed meanwhile."""
+    (tmp_path / "image_encoder").mkdir()
+    for file in (tmp_path / "ip.safetensors", tmp_path / "image_encoder" / "config.json"):
+        file.write_bytes(b"")
+    picture, array = tmp_path / "picture", np.zeros((SIZE, SIZE, 3), np.uint8)
+    if what == "folder":
+        pictures(picture, [array])
+    elif what == "text":
+        picture.write_text("no picture")
+    else:
+        Image.fromarray(array).save(picture, "png")
+    item = planned(tmp_path, tiny_model, ip_adapter="ip.safetensors", ip_adapter_image="picture")
+    if what == "changed":
+        assert isinstance(item, Job)
+        picture.unlink()
+        pictures(picture, [array])
+        with pytest.raises(SourceError, match=r"^ip_adapter_image: .*picture: can't be read \(Is a directory\)"):
+            Render(item, Settings(tmp_path / "out", "m", "run"))._picture()
+        return
+    assert isinstance(item, Unready)
+    assert isinstance(item.error, SourceError)
+    assert item.error.message.startswith(f"ip_adapter_image: {picture}: ")
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_a_mask_that_is_too_short_is_told_as_one(tiny_model, tmp_path, still):
+    mask = np.zeros((SIZE, SIZE, 3), np.uint8)
+    name = pictures(tmp_path / "masks", [mask] * (FRAMES - 1))
+    if still:
+        name = f"{name}/000.png"
+    item = planned(tmp_path, tiny_model, background_smoothing=0.4, foreground_mask=name)
+    assert isinstance(item, Unready)
+    count = "1 frame" if still else f"{FRAMES - 1} frames"
+    assert f"foreground_mask: the mask video has {count}, but {FRAMES} are asked for" in item.error.message
 
 
 def test_scenes_of_the_source_have_anchors_of_their_own(tiny_model, tiny_controlnets, tmp_path):

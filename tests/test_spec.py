@@ -185,6 +185,8 @@ def columns_that_disagree(**columns: object) -> set[str]:
         ({"mode": "edit", "source": "a", "start_s": 2, "end_s": 1}, {"end_s"}),
         ({"num_inference_steps": 2}, {"num_inference_steps"}),
         ({"num_inference_steps": 20, "t1": 47}, {"t1"}),
+        ({"t1": 1}, {"t1"}),
+        ({"t0": 47}, {"t0"}),
         ({"t0": 47, "t1": 47}, {"t0"}),
         ({"scheduler": "lcm", "num_inference_steps": 60}, {"num_inference_steps"}),
         ({"format": "webm", "codec": "h264"}, {"codec"}),
@@ -205,6 +207,7 @@ def columns_that_disagree(**columns: object) -> set[str]:
             {"control_guidance_end"},
         ),
         ({"lora": "a+b+c", "lora_scale": "0.5+1"}, {"lora_scale"}),
+        ({"textual_inversion": "a+b+a"}, {"textual_inversion"}),
         ({"ip_adapter": "a.safetensors"}, {"ip_adapter_image"}),
         ({"ip_adapter_image": "a.png"}, {"ip_adapter_image"}),
         ({"cross_frame_attention": False, "attention_anchor": "first_previous"}, {"attention_anchor"}),
@@ -241,3 +244,57 @@ def columns_that_disagree(**columns: object) -> set[str]:
 )
 def test_columns_that_do_not_fit_together_are_named(columns, blamed):
     assert columns_that_disagree(**columns) == blamed
+
+
+CONTROL = {"mode": "control", "source": "a"}
+GIVEN = {"mode": "control", "condition_video": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "blamed"),
+    [
+        ({"revision": "main"}, "revision"),
+        ({"revision": "main", "model": "mini/dreambooth"}, "revision"),
+        ({"revision": "main", "model": "/models/one"}, "revision"),
+        ({"base_config": "sd", "model": "org/model"}, "base_config"),
+        ({"negative_prompt": "blue", "guidance_scale": 1}, "negative_prompt"),
+        ({"negative_prompt": "b", "mode": "edit", "source": "a", "image_guidance_scale": 0.5}, "negative_prompt"),
+        ({**CONTROL, "condition": "edge+pose", "depth_model": "d"}, "depth_model"),
+        ({**CONTROL, "condition": "edge", "pose_model": "p"}, "pose_model"),
+        ({**CONTROL, "condition": "openpose", "person_detector": "p"}, "person_detector"),
+        ({**CONTROL, "condition": "edge+depth+pose", "annotators": "a"}, "annotators"),
+        ({**CONTROL, "condition": "depth", "canny_low": 50}, "canny_low"),
+        ({**GIVEN, "condition": "edge", "canny_high": 250}, "canny_high"),
+        ({**GIVEN, "condition": "depth", "depth_model": "d"}, "depth_model"),
+        ({"video_length": 1, "warp": "subpixel"}, "warp"),
+        ({"video_length": 1, "background_smoothing": 0.4, "foreground_mask": "attention"}, "background_smoothing"),
+    ],
+)
+def test_what_has_no_effect_is_refused_unless_a_default_says_it_for_all_rows(columns, blamed):
+    assert columns_that_disagree(**columns) == {blamed}
+    assert JobSpec.model_validate({"prompt": "x"} | columns, context={blamed})
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"revision": "main", "model": "org/model"},
+        {"revision": "main", "model": "sd15"},
+        {"base_config": "sd", "model": "/models/one.safetensors"},
+        {"negative_prompt": "blue"},
+        {**CONTROL, "condition": "edge", "depth_model": None, "annotators": None},
+        {**CONTROL, "condition": "depth+edge", "depth_model": "d", "canny_low": 50},
+        {**CONTROL, "condition": "pose", "pose_model": "p", "person_detector": "d"},
+        {**CONTROL, "condition": "hed", "annotators": "a"},
+        {"video_length": 2, "warp": "subpixel"},
+    ],
+)
+def test_what_has_an_effect_is_not(columns):
+    assert JobSpec(**{"prompt": "x"} | columns)
+
+
+@pytest.mark.parametrize("column", ["lora", "textual_inversion", "controlnet"])
+@pytest.mark.parametrize("value", ["a+", "+a", "+", ("a", "")])
+def test_an_empty_part_is_refused(column, value):
+    with pytest.raises(ValidationError, match=r"has an empty part: remove the \+"):
+        JobSpec(prompt="x", mode="control", source="a", condition="edge+depth", **{column: value})

@@ -33,7 +33,7 @@ def test_the_wheel_carries_the_packages_and_nothing_else(installed):
     assert (installed / "t2vz" / "py.typed").is_file()
 
 
-def test_a_run_from_the_wheel(installed, tmp_path, cache):
+def test_a_run_from_the_wheel(installed, tmp_path):
     (tmp_path / "manifest.csv").write_text(
         "id,prompt,width,height,video_length,num_inference_steps\none,a red ball,64,64,2,3\n"
     )

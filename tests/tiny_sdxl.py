@@ -1,4 +1,4 @@
-"""A tiny SDXL with random weights, as `t2vz.models.mini` writes a tiny Stable Diffusion."""
+"""A tiny SDXL with random weights, as `tiny.write_pipeline` writes a tiny Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from t2vz.models.mini import _tokenizer
+from t2vz.mini.family import tokenizer
 
 # All different, so that nothing fits by accident.
 WIDTHS = (32, 64)  # of the text encoders
@@ -24,18 +24,18 @@ TIME = 8
 
 def write_sdxl(folder: Path, *, in_channels: int = 4, **pipeline_settings: bool) -> None:
     """in_channels: 4 for text to image, 8 for InstructPix2Pix. From torch's present seed."""
-    tokenizers = (_tokenizer(), _tokenizer())
+    tokenizers = (tokenizer(), tokenizer())
     tokenizers[1].pad_token = "!"  # as in SDXL
 
-    def text_config(width: int, tokenizer, **settings) -> CLIPTextConfig:
+    def text_config(width: int, words, **settings) -> CLIPTextConfig:
         return CLIPTextConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(words),
             hidden_size=width,
             intermediate_size=2 * width,
             num_hidden_layers=3,
             num_attention_heads=4,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
             **settings,
         )
 

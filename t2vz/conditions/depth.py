@@ -41,7 +41,7 @@ def predict(frames: Frames, options: ConditionOptions) -> NDArray[np.float32]:
     """Inverse depth, larger is nearer, in no particular unit: float32 (F, h, w) at the model's resolution."""
     import torch
 
-    processor, model = load(_loader, options.depth_model, options.device)
+    processor, model = load(_loader, options.depth_model, options.device, "depth_model")
     distance = gives_distance(model.config, options.depth_model)
     source = frames.shape[1:3]
     clip: NDArray[np.float32] | None = None

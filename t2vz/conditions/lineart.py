@@ -13,7 +13,7 @@ FILES = ("sk_model.pth", "sk_model2.pth")
 
 def extract(frames: Frames, options: ConditionOptions) -> Extracted:
     """Line drawings: uint8 (F, H, W, 3) from RGB frames of that shape."""
-    return annotate(load(_loader, options.annotators, options.device), frames, options.workspace), ()
+    return annotate(load(_loader, options.annotators, options.device, "annotators"), frames, options.workspace), ()
 
 
 def _loader(reference: str, device: str) -> Any:

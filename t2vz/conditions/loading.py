@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2vz.errors import UnknownModel
+from t2vz.media.local import shown
 from t2vz.models import LOADING, hub
 from t2vz.models.table import resolve
 
@@ -17,20 +18,22 @@ KEPT = 4
 _TRANSFORMERS_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
 
 
-def load(loader: Callable[[str, str], Any], reference: str, device: str) -> Any:
+def load(loader: Callable[[str, str], Any], reference: str, device: str, column: str) -> Any:
     """`loader(reference, device)`, from the cache if it was called before with the same arguments.
 
-    Safe to call from several threads: a model is loaded once. What it raises is a ModelError (or one of its
-    kinds), OutOfDeviceMemory or DeviceLost.
+    column: of the manifest, that names the model. Safe to call from several threads: a model is loaded once. What it
+    raises is a ModelError (or one of its kinds), OutOfDeviceMemory or DeviceLost.
     """
-    with LOADING:
-        return _load(loader, reference, device)
+    with LOADING, hub.loading(reference, column):
+        try:
+            return _load(loader, reference, device)
+        except UnknownModel as error:  # of `fetch`, which doesn't know the column
+            raise UnknownModel(f"{column}: {error.message}") from error
 
 
 @lru_cache(maxsize=KEPT)
 def _load(loader: Callable[[str, str], Any], reference: str, device: str) -> Any:
-    with hub.loading(reference):
-        return loader(reference, device)
+    return loader(reference, device)
 
 
 def transformers_model(class_name: str, reference: str, device: str) -> tuple[Any, Any]:
@@ -55,11 +58,10 @@ def fetch(reference: str, files: tuple[str, ...]) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not hub.HUB_ID.fullmatch(reference):
-        raise UnknownModel(f"model {reference}: no such folder, and not a hub id either")
+        raise UnknownModel(f"{shown(reference)}: no such folder, and not a hub id either")
 
     from huggingface_hub import hf_hub_download
 
     revision = hub.commit(reference)
-    with hub.loading(reference):
-        paths = [hf_hub_download(reference, file, revision=revision) for file in files]
+    paths = [hf_hub_download(reference, file, revision=revision) for file in files]
     return Path(paths[0]).parent

@@ -22,7 +22,7 @@ FILES = ("body_pose_model.pth",)
 
 def extract(frames: Frames, options: ConditionOptions) -> Extracted:
     """Skeletons: uint8 (F, H, W, 3) from RGB frames of that shape. A frame without persons is black."""
-    detector = load(_loader, options.annotators, options.device)
+    detector = load(_loader, options.annotators, options.device, "annotators")
     _, height, width, _ = frames.shape
     out = allocate(frames.shape, options.workspace)
     found = False

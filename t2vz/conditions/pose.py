@@ -50,7 +50,7 @@ def detect_persons(frames: Frames, options: ConditionOptions) -> list[NDArray[np
     """
     import torch
 
-    processor, model = load(_load_detector, options.person_detector, options.device)
+    processor, model = load(_load_detector, options.person_detector, options.device, "person_detector")
     person = _person_label(model.config, options.person_detector)
     height, width = frames.shape[1:3]
     inputs = processor(images=list(frames), input_data_format="channels_last", return_tensors="pt")
@@ -78,7 +78,7 @@ def estimate(frames: Frames, boxes: list[NDArray[np.float64]], options: Conditio
     persons = [(frame, number) for frame, each in enumerate(boxes) for number in range(len(each))]
     if not persons:  # VitPose raises IndexError for none
         return people
-    processor, model = load(_load_pose, options.pose_model, options.device)
+    processor, model = load(_load_pose, options.pose_model, options.device, "pose_model")
     for start in range(0, len(persons), options.batch_size):
         batch = persons[start : start + options.batch_size]
         crops = [[boxes[frame][number].tolist()] for frame, number in batch]

@@ -30,7 +30,7 @@ def foreground(frames: Frames, model: str, device: str = "cpu", batch_size: int 
     import torch
     import torch.nn.functional as F
 
-    processor, network = load(_loader, model, device)
+    processor, network = load(_loader, model, device, "segmentation_model")
     background = background_classes(network.config, model)
     # Some processors crop the middle out, which classification wants and masks of the whole picture don't.
     whole = {"do_center_crop": False} if getattr(processor, "do_center_crop", None) else {}

@@ -25,6 +25,14 @@ from t2vz.errors import InvalidFrames, OutOfDeviceMemory, is_out_of_memory
 OnStep = Callable[[int], None]
 
 
+# Against NaN and infinity, by the models' dtype.
+_ADVICE = {
+    torch.float16: "try dtype=float32 or bfloat16",
+    torch.bfloat16: "try dtype=float32",
+    torch.float32: "check the weights of the model and of what is put onto it, and lower the scales",
+}
+
+
 @dataclass(frozen=True)
 class Control:
     """One ControlNet with its condition.
@@ -182,7 +190,7 @@ def denoise(
         latents = scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
         # One look a step costs a synchronisation, and saves hours of denoising nothing.
         if not torch.isfinite(latents).all():
-            raise InvalidFrames(f"NaN or infinite latents at step {step + 1}; try dtype=float32 or bfloat16")
+            raise InvalidFrames(f"NaN or infinite latents at step {step + 1}; {_ADVICE[denoiser.text.dtype]}")
         on_snapshot(partial(_snapshot, step + 1, latents, scheduler))
     return latents
 

@@ -48,6 +48,15 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ours from error
 
 
+@contextmanager
+def naming(column: str) -> Iterator[None]:
+    """The block's errors about a file, with the manifest's column that names it."""
+    try:
+        yield
+    except SourceError as error:
+        raise type(error)(f"{column}: {error.message}", stage=error.stage) from error
+
+
 def shown(path: str | os.PathLike[str]) -> str:
     """The path as messages show it: both ends of an endless one."""
     text, half = os.fspath(path), _SHOWN_CHARACTERS // 2

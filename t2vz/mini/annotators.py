@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from t2vz.mini import data, world
 from t2vz.mini.fit import Draw, Losses
-from t2vz.mini.stages import RECIPES, Run, fit_stage, keep
+from t2vz.mini.stages import RECIPES, Run, fit_stage, keep, load_vae
 from t2vz.mini.world import Frame, Scene
 
 COCO_KEYPOINTS = (
@@ -155,11 +155,10 @@ def person_box(scene: Scene) -> NDArray[np.float64] | None:
     return None
 
 
-def detector_losses(model: Any, scenes: list[Scene], batch: int, device: str) -> LossesOf:
+def detector_losses(model: Any, scenes: list[Scene], frames: Frame, batch: int, device: str) -> LossesOf:
     """RT-DETR's own loss."""
     import torch
 
-    frames = data.pictures(scenes)
     labels = []
     for scene in scenes:
         box = person_box(scene)
@@ -240,12 +239,12 @@ def coco_joints(scene: Scene) -> NDArray[np.float64]:
     return points[list(_OPENPOSE)].astype(np.float64)
 
 
-def pose_losses(model: Any, processor: Any, scenes: list[Scene], batch: int, device: str) -> LossesOf:
+def pose_losses(model: Any, processor: Any, scenes: list[Scene], frames: Frame, batch: int, device: str) -> LossesOf:
     """Squared error of the heatmaps; each picture is cropped once, to a box that is as inexact as a detector's."""
     import torch
 
     rng = np.random.default_rng(5)
-    frames = rough(data.pictures(scenes), rng)
+    frames = rough(frames, rng)
     boxes = [_jitter(box, rng) for scene in scenes if (box := person_box(scene)) is not None]
     crops = torch.cat(
         [
@@ -318,6 +317,13 @@ def _bias(layer: Any, value: float) -> None:
         layer.bias.fill_(value)
 
 
+def _half_generated(run: Run, scenes: list[Scene]) -> Frame:
+    """Pictures of the scenes, every second one as a generated frame looks."""
+    frames = data.pictures(scenes)
+    frames[::2] = data.as_generated(load_vae(run), frames[::2], run.device, seed=7)
+    return frames
+
+
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +344,8 @@ def train_depth(run: Run) -> None:
 def train_detector(run: Run) -> None:
     model, processor = detector_model()
     scenes, held_out = (_detector_scenes(seed, run.count(count)) for seed, count in ((31, 5000), (32, 200)))
-    losses = detector_losses(model.to(run.device), scenes, RECIPES["detector"].batch, run.device)
+    frames = _half_generated(run, scenes)
+    losses = detector_losses(model.to(run.device), scenes, frames, RECIPES["detector"].batch, run.device)
     fit_stage(
         run, "detector", model, losses,
         lambda step: _tell("detector", step, detector_score(model, held_out, run.device)),
@@ -360,7 +367,8 @@ def train_pose(run: Run) -> None:
     scenes, held_out = (
         data.scenes(seed, run.count(count), subject="person") for seed, count in ((41, 4000), (42, 100))
     )
-    losses = pose_losses(model.to(run.device), processor, scenes, RECIPES["pose"].batch, run.device)
+    frames = _half_generated(run, scenes)
+    losses = pose_losses(model.to(run.device), processor, scenes, frames, RECIPES["pose"].batch, run.device)
     fit_stage(
         run, "pose", model, losses,
         lambda step: _tell("pose", step, pose_score(model, processor, held_out, run.device)),

@@ -147,6 +147,23 @@ def decode(vae: Any, latents: Any) -> Frame:
         return to_frames(vae.decode(latents.float() / vae.config.scaling_factor).sample)
 
 
+def as_generated(vae: Any, frames: Frame, device: str, seed: int, batch: int = 32) -> Frame:
+    """The frames through the VAE, a drawn amount of noise in their latents: as soft and bent as generated ones.
+
+    uint8 (N, H, W, 3).
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for start in range(0, len(frames), batch):
+        mean, std = encode(vae, frames[start : start + batch], device)
+        amount = 0.3 * torch.rand((len(mean), 1, 1, 1), generator=generator).to(device) * mean.std()
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        made.append(decode(vae, (mean + (std + amount) * noise) * vae.config.scaling_factor))
+    return np.concatenate(made)
+
+
 def save_grid(frames: Frame, path: Path, columns: int) -> None:
     """`frames`, uint8 (N, H, W, 3), as one PNG, row by row; N is a multiple of `columns`."""
     from PIL import Image

@@ -10,11 +10,11 @@ import graphlib
 import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from t2vz.mini import world
-from t2vz.models.mini import byte_letters
 
 SIZE_PX = world.SIZE_PX
 CELL_PX = 8
@@ -43,7 +43,7 @@ def tokenizer() -> Any:
     """CLIP's tokenizer over bytes, with merges that make each of the family's words one token."""
     from transformers import CLIPTokenizer
 
-    letters = list(byte_letters())
+    letters = list(_byte_letters())
     merges = _merges([*dict.fromkeys([*world.WORDS, *_MORE_WORDS.split()])])
     vocabulary = letters + [f"{letter}</w>" for letter in letters] + ["".join(merge) for merge in merges]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
@@ -52,6 +52,13 @@ def tokenizer() -> Any:
         (where / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
         (where / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
         return CLIPTokenizer.from_pretrained(where, model_max_length=77)
+
+
+def _byte_letters() -> Iterator[str]:
+    """The 256 printable letters that byte-level BPE writes the bytes as."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    yield from (chr(byte) for byte in printable)
+    yield from (chr(256 + i) for i in range(256 - len(printable)))
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:

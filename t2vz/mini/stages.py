@@ -33,16 +33,16 @@ class Run:
 
 RECIPES: dict[str, Recipe] = {
     "vae": Recipe(steps=2000, batch=4, lr=3e-4, ema=0.995, muon=2.5e-3),
-    "base": Recipe(steps=2800, batch=32, lr=1e-3, muon=5e-3),
-    "edit": Recipe(steps=700, batch=32, lr=6e-4, ema=0.99, muon=4e-3),
-    "controlnet-edge": Recipe(steps=600, batch=16, lr=1e-3, warmup=50, ema=0.99, muon=3e-3),
-    "controlnet-depth": Recipe(steps=600, batch=16, lr=1e-3, warmup=50, ema=0.99, muon=3e-3),
-    "controlnet-pose": Recipe(steps=600, batch=16, lr=1e-3, warmup=50, ema=0.99, muon=3e-3),
-    "dreambooth": Recipe(steps=320, batch=16, lr=1e-3, ema=0.98, warmup=20, muon=4e-3),
-    "lora": Recipe(steps=220, batch=16, lr=1e-3, ema=0.98, warmup=20),
+    "base": Recipe(steps=5800, batch=32, lr=1e-3, muon=5e-3),
+    "edit": Recipe(steps=6200, batch=32, lr=6e-4, ema=0.99, muon=4e-3),
+    "controlnet-edge": Recipe(steps=2000, batch=16, lr=1e-3, warmup=50, ema=0.99, muon=3e-3),
+    "controlnet-depth": Recipe(steps=2000, batch=16, lr=1e-3, warmup=50, ema=0.99, muon=3e-3),
+    "controlnet-pose": Recipe(steps=2000, batch=16, lr=1e-3, warmup=50, ema=0.99, muon=3e-3),
+    "dreambooth": Recipe(steps=640, batch=16, lr=1e-3, ema=0.98, warmup=20, muon=4e-3),
+    "lora": Recipe(steps=500, batch=16, lr=1e-3, ema=0.98, warmup=20),
     "depth": Recipe(steps=1300, batch=8, lr=1e-3, bf16=False, muon=5e-3),
-    "detector": Recipe(steps=1600, batch=16, lr=1e-3, bf16=False),
-    "pose": Recipe(steps=800, batch=16, lr=1e-3, bf16=False, muon=5e-3),
+    "detector": Recipe(steps=2400, batch=16, lr=1e-3, bf16=False),
+    "pose": Recipe(steps=1200, batch=16, lr=1e-3, bf16=False, muon=5e-3),
 }
 
 

@@ -6,6 +6,7 @@ See README.md beside this file for the recipe in words, and what it gave.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -46,6 +47,10 @@ def write_family(run: Run) -> None:
                              ("detector", "RTDetrForObjectDetection")):  # fmt: skip
             _halve_annotator(run.out / name, folder / name, module)
         shutil.copytree(run.out / "lora", folder / "lora")
+        for file in folder.rglob("config.json"):  # where it was trained is nobody's business
+            config = json.loads(file.read_text())
+            config.pop("_name_or_path", None)
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
     keep(run, "family", save)
 
@@ -68,8 +73,8 @@ STAGES: dict[str, tuple[Callable[[Run], None], tuple[str, ...]]] = {
     "dreambooth": (train_diffusion.train_dreambooth, ("base",)),
     "lora": (train_diffusion.train_lora, ("base",)),
     "depth": (annotators.train_depth, ()),
-    "detector": (annotators.train_detector, ()),
-    "pose": (annotators.train_pose, ()),
+    "detector": (annotators.train_detector, ("vae",)),
+    "pose": (annotators.train_pose, ("vae",)),
 }
 STAGES["family"] = (write_family, tuple(STAGES))
 

@@ -43,7 +43,7 @@ LOOK_PROMPTS = (
 
 
 def _base_pool(run: Run, vae: Any) -> tuple[list[world.Scene], Any]:
-    scenes = data.scenes(51, run.count(12000))
+    scenes = data.scenes(51, run.count(24000))
     return scenes, _pool(run, "base", vae, lambda: data.pictures(scenes))
 
 
@@ -99,13 +99,18 @@ def train_lora(run: Run) -> None:
     keep(run, "lora", lambda folder: StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers))
 
 
+# New shapes and patterns are far harder to learn than new colours and backgrounds.
+EDIT_SHARES = {"colour": 0.2, "pattern": 0.3, "subject": 0.3, "background": 0.1, "time": 0.1}
+
+
 def train_edit(run: Run) -> None:
     """InstructPix2Pix: UNet and text encoder go on from the base's; the source's latents are four more channels."""
     words, encoder, base_unet, vae = trained(run)
     unet = _plain(family.edit_unet(base_unet), run).to(run.device)
     model = _together(unet=unet, text_encoder=encoder.requires_grad_(True))
     rng = np.random.default_rng(81)
-    edits = [world.edit_pair(rng) for _ in range(run.count(5000))]
+    kinds = rng.choice(list(EDIT_SHARES), p=list(EDIT_SHARES.values()), size=run.count(10000))
+    edits = [world.edit_pair(rng, str(kind)) for kind in kinds]
     sources = _pool(run, "edit-source", vae, lambda: data.pictures([edit.source for edit in edits]))
     targets = _pool(run, "edit-target", vae, lambda: data.pictures([edit.target for edit in edits]))
 
@@ -131,11 +136,11 @@ def _train_controlnet(run: Run, condition: str) -> None:
     name = f"controlnet-{condition}"
     control = _plain(family.controlnet(unet), run).to(run.device)
     if condition == "pose":
-        scenes = data.scenes(91, run.count(3000), subject="person")
+        scenes = data.scenes(91, run.count(6000), subject="person")
         latents = _pool(run, "person", vae, lambda: data.pictures(scenes))
     else:
         scenes, latents = _base_pool(run, vae)
-        scenes, latents = scenes[: run.count(4000)], latents[:, : run.count(4000)]
+        scenes, latents = scenes[: run.count(8000)], latents[:, : run.count(8000)]
     pictures = np.stack([data.condition(condition, scene, world.draw(scene)) for scene in scenes])
     held_out = data.scenes(92, 8, **({"subject": "person"} if condition == "pose" else {}))
 
@@ -151,7 +156,7 @@ def _train_controlnet(run: Run, condition: str) -> None:
             down, middle = control(x, t, text, shown, return_dict=False)
             return unet(x, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
 
-        return {"noise": _noise_error(predict, _sampled(latents, chosen, vae, draw), draw)}
+        return {"noise": _noise_error(predict, _sampled(latents, chosen, vae, draw), draw, early=True)}
 
     parts = {"vae": vae, "text_encoder": encoder, "tokenizer": words, "unet": unet}
     fit_stage(run, name, control, losses, lambda step: _look_at_control(run, condition, parts, control, held_out, step))
@@ -173,14 +178,18 @@ def train_controlnet_pose(run: Run) -> None:
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
-def _noise_error(predict: Callable[[Any, Any], Any], latents: Any, draw: Draw) -> Any:
-    """Mean squared error of the predicted noise, weighted by min(SNR, 5) / SNR (Hang et al., 2023)."""
+def _noise_error(predict: Callable[[Any, Any], Any], latents: Any, draw: Draw, early: bool = False) -> Any:
+    """Mean squared error of the predicted noise, weighted by min(SNR, 5) / SNR (Hang et al., 2023).
+
+    early: more often the noise levels of the first steps of sampling, which decide what is where.
+    """
     import torch
     from diffusers import DDPMScheduler
 
     count = len(latents)
     noise = torch.randn(latents.shape, generator=draw.torch).to(latents.device)
-    t = torch.randint(0, 1000, (count,), generator=draw.torch)
+    u = torch.rand(count, generator=draw.torch)
+    t = (1000 * (1 - u.square() if early else u)).long().clamp(max=999)
     alpha = DDPMScheduler(**family.NOISE_SCHEDULE).alphas_cumprod[t].to(latents.device)
     noisy = alpha.sqrt()[:, None, None, None] * latents + (1 - alpha).sqrt()[:, None, None, None] * noise
     error = (predict(noisy, t.to(latents.device)).float() - noise).square().mean((1, 2, 3))

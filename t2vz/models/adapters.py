@@ -6,6 +6,7 @@ diffusers' own loaders do the work, on twins of the parts concerned: modules of 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,12 @@ from t2vz.spec import JobSpec
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 _EMBEDDING_FILE = "learned_embeds.safetensors"
 _IP_ADAPTER_FILE = "ip-adapter.safetensors"
+# Of the errors that diffusers and peft raise over LoRAs for something else.
+_DOES_NOT_FIT = ("size mismatch", "arget modules", "must contain", "LoRA param", "infer state dict type")
+# A layer of a LoRA's file, and which of its two matrices, in diffusers' layouts and kohya's.
+_HALF = re.compile(r"(.+?)[._](?:lora|lora_linear_layer)[._](A|B|down|up)[._]")
 # Keys of embeddings' files that are no words: prompts go by the file's name then.
-_UNNAMED = ("emb_params", "*")
+_UNNAMED = ("emb_params", "*", "")
 
 
 def put_on(base: Components, spec: JobSpec, image_encoder: Any) -> Components:
@@ -69,25 +74,43 @@ def _put_on_lora(pipeline: Any, parts: Components, spec: JobSpec, reference: str
 
     file = weight_file(reference, _LORA_FILE, "lora")
     with safe_open(file, framework="pt") as header:
-        if any("dora_scale" in key for key in header.keys()):  # noqa: SIM118
-            # diffusers leaves the magnitudes out, and the rest alone means something else.
-            raise UnsupportedModel(f"lora {shown(reference)}: a DoRA, which isn't covered; name a LoRA")
+        keys = list(header.keys())
+    if any("dora_scale" in key for key in keys):
+        # diffusers leaves the magnitudes out, and the rest alone means something else.
+        raise UnsupportedModel(f"lora {shown(reference)}: a DoRA, which isn't covered; name a LoRA")
+    _check_halves(keys, reference)
     layout = {"unet_config": parts.unet.config} if parts.is_sdxl else {}
     weights, *_ = pipeline.lora_state_dict(file, use_safetensors=True, **layout)
+    put: list[Any] = []
     try:
         pipeline.load_lora_weights(file, adapter_name=name, use_safetensors=True)
     except (RuntimeError, ValueError) as error:  # of other sizes, or not one of its layers is there
-        if not any(words in str(error) for words in ("size mismatch", "arget modules", "must contain", "LoRA param")):
+        if not any(words in str(error) for words in _DOES_NOT_FIT):
             raise
-        fitting = 0
     else:
         # What fits no layer is left out with no more than a warning in the log.
         modules = [getattr(parts, part) for part in ("unet", "text_encoder", "text_encoder_2")]
-        fitting = sum(f".{name}." in key for module in modules if module is not None for key in module.state_dict())
+        states = [module.state_dict() for module in modules if module is not None]
+        put = [weight for state in states for key, weight in state.items() if f".{name}." in key]
+    fitting = sum(not weight.is_meta for weight in put)  # on the meta device is what the file has no values for
     if fitting < len(weights) or not weights:
         raise UnsupportedModel(
             f"lora {shown(reference)}: only {fitting} of its {len(weights)} weights fit model {spec.model}: made for "
             "another family, or in a layout that diffusers doesn't read; name a fitting one"
+        )
+
+
+def _check_halves(keys: list[str], reference: str) -> None:
+    """Raise UnsupportedModel if a layer has but one of its two matrices: the other would be made up."""
+    found: dict[str, set[str]] = {}
+    for key in keys:
+        if half := _HALF.match(key):
+            found.setdefault(half[1], set()).add("A" if half[2] in ("A", "down") else "B")
+    lacking = sorted(layer for layer, halves in found.items() if len(halves) == 1)
+    if lacking:
+        raise UnsupportedModel(
+            f"lora {shown(reference)}: {len(lacking)} of its {len(found)} layers lack one of their two matrices "
+            f"({lacking[0]}, …): the file is incomplete; get it anew or name another"
         )
 
 
@@ -101,6 +124,11 @@ def _with_textual_inversions(parts: Components, references: tuple[str, ...]) -> 
     for reference in references:
         with hub.loading(reference, "textual_inversion"):
             word, vectors = _embeddings(reference, parts)
+            if word in words or word in parts.tokenizer.get_vocab():
+                other = "of another of the row's" if word in words else "that the model has already"
+                raise UnsupportedModel(
+                    f"textual_inversion {shown(reference)}: its word “{word}” is one {other}; leave one of them out"
+                )
             for vector, (tokenizer, encoder) in zip(vectors, pairs, strict=True):
                 pipeline.load_textual_inversion(vector, token=word, tokenizer=tokenizer, text_encoder=encoder)
             words.append(word)
@@ -117,12 +145,18 @@ def _embeddings(reference: str, parts: Components) -> tuple[str, list[Any]]:
         word, vectors = Path(file).stem, [found["clip_l"], found["clip_g"]]
     elif not parts.is_sdxl and len(found) == 1:
         (word,), vectors = found, list(found.values())
-        word = Path(file).stem if word in _UNNAMED else word
+        word = Path(file).stem if word.strip() in _UNNAMED else word
     else:
         wanted = "the vectors clip_l and clip_g" if parts.is_sdxl else "one word's vectors"
         raise UnsupportedModel(
             f"textual_inversion {shown(reference)}: it holds {', '.join(sorted(found)[:4])}; this model takes {wanted}"
         )
+    for each in vectors:
+        if each.ndim not in (1, 2) or 0 in each.shape or not each.is_floating_point():
+            raise UnsupportedModel(
+                f"textual_inversion {shown(reference)}: {str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}, "
+                "where one vector or rows of them in floating point are needed; name another"
+            )
     encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
     given, taken = (
         [vectors.shape[-1] for vectors in each]
@@ -193,7 +227,7 @@ def _pipeline(parts: Components) -> Any:
 
 def weight_file(reference: str, usual: str, column: str) -> str:
     """The one .safetensors file of a reference: the file itself, or that in a folder or of a hub model."""
-    folder = Path(reference)
+    folder = Path(table.resolve(reference))
     if folder.is_file():
         return reference
     if not folder.is_dir():

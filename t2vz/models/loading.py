@@ -106,15 +106,16 @@ def _offloaded(parts: Components) -> Components:
 def native_px(spec: JobSpec) -> int:
     """Side of the square pictures that the row's model was trained on, from its configuration alone."""
     reference = table.model_reference(spec)
+    column = "model"
     if Path(reference).is_file():
         if spec.base_config is None:
             with _loading(reference):
                 return _XL_NATIVE_PX if _is_xl_file(reference) else 512
-        reference = spec.base_config
-    with _loading(reference):
+        reference, column = spec.base_config, "base_config"
+    with _loading(reference, column):
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
-        pinned = _pinned(reference, spec.revision if reference != spec.base_config else None)
+        pinned = _pinned(reference, spec.revision if column == "model" else None)
         unet = UNet2DConditionModel.load_config(table.resolve(reference), subfolder="unet", **pinned)
         vae = AutoencoderKL.load_config(table.resolve(reference), subfolder="vae", **pinned)
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -145,36 +146,39 @@ def _load(spec: JobSpec, device: str) -> Components:
                 raise ModelError(f"model {spec.model}: no tokenizer with it; complete the model or its base_config")
         for module in (parts.text_encoder, parts.text_encoder_2, parts.unet):
             if module is not None:
-                _ready(module, spec.model, spec, device)
-        _ready_vae(parts.vae, spec.model, spec, device, is_sdxl=parts.is_sdxl)
+                _ready(module, f"model {spec.model}", spec, device)
+        _ready_vae(parts.vae, f"model {spec.model}", spec, device, is_sdxl=parts.is_sdxl)
         return parts
 
 
-def _ready(module: Any, reference: str, spec: JobSpec, device: str) -> Any:
-    """The module at its place. diffusers leaves weights that a file lacks without values, on the meta device."""
+def _ready(module: Any, name: str, spec: JobSpec, device: str) -> Any:
+    """The module at its place. diffusers leaves weights that a file lacks without values, on the meta device.
+
+    name: column and reference, for the error.
+    """
     import torch
 
     lost = [name for name, weight in module.named_parameters() if weight.is_meta]
     if lost:
-        raise _incomplete(module, reference, lost)
+        raise _incomplete(module, name, lost)
     module.eval().requires_grad_(False)
     if device.startswith("cuda"):
         module.to(memory_format=torch.channels_last)  # what cuDNN's convolutions are fastest in
     return module.to("cpu" if spec.offload else device)
 
 
-def _ready_vae(vae: Any, reference: str, spec: JobSpec, device: str, *, is_sdxl: bool) -> Any:
+def _ready_vae(vae: Any, name: str, spec: JobSpec, device: str, *, is_sdxl: bool) -> Any:
     """SDXL's own VAE overflows in float16, and says so."""
     import torch
 
     if is_sdxl and vae.dtype == torch.float16 and vae.config.force_upcast:
         vae.to(torch.float32)
-    return _ready(vae, reference, spec, device)
+    return _ready(vae, name, spec, device)
 
 
-def _incomplete(module: Any, reference: str, lost: list[str]) -> ModelError:
+def _incomplete(module: Any, name: str, lost: list[str]) -> ModelError:
     return ModelError(
-        f"model {reference}: {len(lost)} weights of its {type(module).__name__} are missing ({lost[0]}, …); "
+        f"{name}: {len(lost)} weights of its {type(module).__name__} are missing ({lost[0]}, …); "
         "complete the model or name another"
     )
 
@@ -243,7 +247,7 @@ def _check_parametrisation(model: str, scheduler: Any, vae: Any) -> None:
         raise UnsupportedModel(f"model {model}: its VAE's latents are shifted, which isn't covered")
 
 
-def _transformers_model(name: str, reference: str, spec: JobSpec, **where: Any) -> Any:
+def _transformers_model(name: str, reference: str, spec: JobSpec, column: str = "model", **where: Any) -> Any:
     """A model of transformers', which makes weights up that it doesn't find."""
     import transformers
 
@@ -251,19 +255,19 @@ def _transformers_model(name: str, reference: str, spec: JobSpec, **where: Any) 
         reference, output_loading_info=True, use_safetensors=True, dtype=_dtype(spec), **where
     )
     if report["missing_keys"]:
-        raise _incomplete(model, reference, sorted(report["missing_keys"]))
+        raise _incomplete(model, f"{column} {reference}", sorted(report["missing_keys"]))
     return model
 
 
-def _require_safetensors(folder: Path) -> None:
+def _require_safetensors(folder: Path, column: str = "model") -> None:
     if any(folder.glob("*.safetensors")):
         return
     if any(file.suffix in (".bin", ".ckpt", ".pt", ".pth") for file in folder.glob("*")):
         raise UnsupportedModel(
-            f"{folder}: pickled weights only, which can run code; convert the model to .safetensors "
+            f"{column} {folder}: pickled weights only, which can run code; convert the model to .safetensors "
             "(load it in diffusers where you trust it, and save_pretrained)"
         )
-    raise ModelError(f"{folder}: no .safetensors weights there; complete the model or name another")
+    raise ModelError(f"{column} {folder}: no .safetensors weights there; complete the model or name another")
 
 
 def _from_single_file(path: str, spec: JobSpec, device: str) -> Components:
@@ -316,17 +320,18 @@ def _image_encoder(spec: JobSpec, device: str) -> Any:
         with _loading(reference, "image_encoder"):
             pinned = _pinned(reference)
             if not pinned:
-                _require_safetensors(Path(reference))
-            model = _transformers_model("CLIPVisionModelWithProjection", reference, spec, **pinned)
-            return _ready(model, reference, spec, device)
+                _require_safetensors(Path(reference), "image_encoder")
+            model = _transformers_model("CLIPVisionModelWithProjection", reference, spec, "image_encoder", **pinned)
+            return _ready(model, f"image_encoder {reference}", spec, device)
 
-    return _cached(("image_encoder", table.revision(reference), *_place(spec, device)), make)
+    identity = table.revision(reference, column="image_encoder")
+    return _cached(("image_encoder", identity, *_place(spec, device)), make)
 
 
 def _own_vae(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
     # A file has no configuration of its own: it takes the base's.
     base_key = table.base_identity(spec) if Path(reference).is_file() else ""
-    key = ("vae", table.revision(reference), base_key, base.is_sdxl, *_place(spec, device))
+    key = ("vae", table.revision(reference, column="vae"), base_key, base.is_sdxl, *_place(spec, device))
     vae = _cached(key, lambda: _load_vae(reference, base, spec, device))
     theirs, ours = vae.config.latent_channels, base.vae.config.latent_channels
     if theirs != ours:
@@ -349,18 +354,18 @@ def _load_vae(reference: str, base: Components, spec: JobSpec, device: str) -> A
         else:
             weights = {"use_safetensors": True, "torch_dtype": _dtype(spec), **_pinned(reference)}
             if Path(reference).is_dir():
-                _require_safetensors(Path(reference))
+                _require_safetensors(Path(reference), "vae")
             vae = AutoencoderKL.from_pretrained(reference, **weights)
-        return _ready_vae(vae, reference, spec, device, is_sdxl=base.is_sdxl)
+        return _ready_vae(vae, f"vae {reference}", spec, device, is_sdxl=base.is_sdxl)
 
 
 def _controlnet(reference: str, base: Components, spec: JobSpec, device: str) -> Any:
-    key = ("controlnet", table.revision(reference), *_place(spec, device))
+    key = ("controlnet", table.revision(reference, column="controlnet"), *_place(spec, device))
     model = _cached(key, lambda: _load_controlnet(reference, base, spec, device), kept=4)
     same = ("cross_attention_dim", "block_out_channels", "addition_embed_type")
     if any(model.config[name] != base.unet.config[name] for name in same):
         raise UnsupportedModel(
-            f"ControlNet {reference}: made for another family than model {spec.model}; name a fitting one"
+            f"controlnet {reference}: made for another family than model {spec.model}; name a fitting one"
         )
     return model
 
@@ -369,7 +374,7 @@ def _load_controlnet(reference: str, base: Components, spec: JobSpec, device: st
     import torch
     from diffusers import ControlNetModel
 
-    with _loading(reference):
+    with _loading(reference, "controlnet"):
         if Path(reference).is_file():
             # Weights only; they have the shape of the UNet that they are for.
             with tempfile.TemporaryDirectory() as config:
@@ -378,11 +383,11 @@ def _load_controlnet(reference: str, base: Components, spec: JobSpec, device: st
                 model = ControlNetModel.from_single_file(reference, config=config, torch_dtype=_dtype(spec))
         else:
             if Path(table.resolve(reference)).is_dir():
-                _require_safetensors(Path(table.resolve(reference)))
+                _require_safetensors(Path(table.resolve(reference)), "controlnet")
             model = ControlNetModel.from_pretrained(
                 table.resolve(reference), use_safetensors=True, torch_dtype=_dtype(spec), **_pinned(reference)
             )
-        return _ready(model, reference, spec, device)
+        return _ready(model, f"controlnet {reference}", spec, device)
 
 
 def _dtype(spec: JobSpec) -> Any:

@@ -13,12 +13,31 @@ from t2vz.media.local import shown
 from t2vz.models import hub
 from t2vz.spec import JobSpec
 
-# Raised when the embedded models change: their jobs then count as not done.
-MINI_VERSION = "1"
-MINI_NOTE = (
-    "model mini has random weights in this version (fixed seed): the whole path runs, "
-    "but the pictures are noise. Name a Stable Diffusion model in the column `model` to see pictures."
-)
+# The embedded models: part of the package, in diffusers' layout. The version is raised when they change: their jobs
+# then count as not done.
+MINI_FOLDER = Path(__file__).resolve().parents[1] / "mini" / "weights"
+MINI_VERSION = "2"
+_TEXT_TO_IMAGE, _EDIT = "a text-to-image model", "an InstructPix2Pix model"
+MINI_MEMBERS = {
+    "base": _TEXT_TO_IMAGE,
+    "dreambooth": _TEXT_TO_IMAGE,
+    "edit": _EDIT,
+    "lora": "a LoRA",
+    "controlnet-edge": "a ControlNet",
+    "controlnet-depth": "a ControlNet",
+    "controlnet-pose": "a ControlNet",
+    "depth": "a depth estimator",
+    "pose": "a pose estimator",
+    "detector": "a person detector",
+}
+# What the columns take of them; `model` by its mode. For the others there is none.
+_TAKES = {
+    "controlnet": "a ControlNet",
+    "lora": "a LoRA",
+    "depth_model": "a depth estimator",
+    "pose_model": "a pose estimator",
+    "person_detector": "a person detector",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,7 @@ _PATH_STARTS = ("/", "./", "../", "~")
 
 
 def family(spec: JobSpec) -> Family:
-    return MODELS.get(spec.model, SD15)
+    return MINI if spec.model.startswith("mini/") else MODELS.get(spec.model, SD15)
 
 
 def model_reference(spec: JobSpec) -> str:
@@ -111,29 +130,26 @@ def image_encoder_reference(spec: JobSpec) -> str:
     return spec.image_encoder or str((adapter if adapter.is_dir() else adapter.parent) / "image_encoder")
 
 
+# The column of each role.
+_COLUMNS = {
+    "depth": "depth_model",
+    "pose": "pose_model",
+    "detector": "person_detector",
+    "annotators": "annotators",
+}
+
+
 def annotator_references(spec: JobSpec) -> dict[str, str]:
     """What extracts the row's conditions: references by role (depth, pose, detector, annotators)."""
     usual = family(spec)
-    return {
-        "depth": spec.depth_model or usual.depth,
-        "pose": spec.pose_model or usual.pose,
-        "detector": spec.person_detector or usual.detector,
-        "annotators": spec.annotators or usual.annotators,
-    }
+    return {role: getattr(spec, column) or getattr(usual, role) for role, column in _COLUMNS.items()}
 
 
 def resolve(reference: str) -> str:
-    """A reference as the libraries take it: a local path, or a hub id. `mini/…` is written to the cache once."""
+    """A reference as the libraries take it: a local path, or a hub id."""
     if reference.startswith("mini/"):
-        from t2vz.models.mini import folder
-
-        return str(folder() / reference.removeprefix("mini/"))
+        return str(MINI_FOLDER / reference.removeprefix("mini/"))
     return reference
-
-
-def note(model: str) -> str | None:
-    """What a user must know of results made with this model; None if nothing."""
-    return MINI_NOTE if model == "mini" else None
 
 
 def identity(spec: JobSpec) -> str:
@@ -147,21 +163,32 @@ def identity(spec: JobSpec) -> str:
     if spec.segmentation_model is not None:
         parts.append(_named("segmentation_model", spec.segmentation_model))
     if spec.mode == "control":
-        parts += [revision(reference) for reference in controlnet_references(spec)]
+        parts += [revision(reference, column="controlnet") for reference in controlnet_references(spec)]
     if spec.conditions_extracted:
         roles = annotator_references(spec)
         needed = {role for name in spec.condition for role in _ROLES.get(name, ("annotators",))}
-        parts += [revision(roles[role]) for role in sorted(needed)]
+        parts += [revision(roles[role], column=_COLUMNS[role]) for role in sorted(needed)]
     return " ".join(parts)
 
 
 def base_identity(spec: JobSpec) -> str:
     """What identifies the row's model without ControlNets and annotators. Raises as `identity`."""
     reference = model_reference(spec)
-    found = revision(reference, spec.revision)
+    kind = _EDIT if spec.mode == "edit" else _TEXT_TO_IMAGE
+    found = revision(reference, spec.revision, takes=kind)
+    _check_whole(reference)
+    if spec.base_config is None or not Path(reference).is_file():  # a folder or hub model has its own configs
+        return found
+    try:
+        _check_whole(spec.base_config)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"base_config: {error.message}") from error
+    return f"{found} {revision(spec.base_config, column='base_config', takes=kind)}"
+
+
+def _check_whole(reference: str) -> None:
     if Path(reference).is_dir() and not Path(reference, _PIPELINE).is_file():
         raise UnsupportedModel(f"{shown(reference)}: not a whole diffusers model, it has no {_PIPELINE}")
-    return found if spec.base_config is None else f"{found} {revision(spec.base_config)}"
 
 
 def adapters_identity(spec: JobSpec) -> tuple[str, ...]:
@@ -184,19 +211,34 @@ def adapters_identity(spec: JobSpec) -> tuple[str, ...]:
 
 def _named(column: str, reference: str) -> str:
     """The revision of what a column names, with the column: the same file may stand in two."""
-    try:
-        return f"{column}={revision(reference)}"
-    except ModelError as error:
-        raise type(error)(f"{column}: {error.message}") from error
+    return f"{column}={revision(reference, column=column)}"
 
 
 _ROLES: dict[str, tuple[str, ...]] = {"edge": (), "depth": ("depth",), "pose": ("pose", "detector")}
 
 
-def revision(reference: str, wanted: str | None = None) -> str:
-    """Identity of one model: `mini/…@version`, `folder@` or `file@fingerprint` wherever it lies, `hub id@commit`."""
+def revision(reference: str, wanted: str | None = None, *, column: str = "model", takes: str | None = None) -> str:
+    """Identity of one model: `mini/…@version`, `folder@` or `file@fingerprint` wherever it lies, `hub id@commit`.
+
+    column: where it stands, for the errors. takes: which kind of the embedded models (see MINI_MEMBERS) it must be;
+    the column's if absent. Raises UnknownModel, UnsupportedModel, ModelError.
+    """
+    try:
+        return _revision(reference, wanted, column, takes or _TAKES.get(column))
+    except ModelError as error:
+        if column == "model":
+            raise
+        raise type(error)(f"{column}: {error.message}") from error
+
+
+def _revision(reference: str, wanted: str | None, column: str, takes: str | None) -> str:
     if reference.startswith("mini/"):
+        _check_member(reference, column, takes)
         return f"{reference}@{MINI_VERSION}"
+    if column != "model" and reference in MODELS:
+        mine = _members(takes) if reference == "mini" else []
+        one = f"e.g. {mine[0]}" if mine else "a folder, a .safetensors file or a hub id"
+        raise UnknownModel(f"{reference} is a whole family; name {one}")
     try:
         local = _local_revision(Path(reference))
     except OSError as error:
@@ -207,10 +249,28 @@ def revision(reference: str, wanted: str | None = None) -> str:
         written_out = "; write the home folder out" if reference.startswith("~") else ""
         raise UnknownModel(f"{shown(reference)}: no such file or folder{written_out}")
     if not hub.HUB_ID.fullmatch(reference):
+        if column != "model":
+            raise UnknownModel(f"no model `{shown(reference)}`: give a folder, a .safetensors file or a hub id")
         near = difflib.get_close_matches(reference.lower(), MODELS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else "give a known name, a folder, a .safetensors file or a hub id"
         raise UnknownModel(f"no model `{shown(reference)}`: {hint} (known names: {', '.join(MODELS)})")
     return f"{reference}@{hub.commit(reference, wanted)}"
+
+
+def _members(kind: str | None) -> list[str]:
+    return [f"mini/{name}" for name, its in MINI_MEMBERS.items() if its == kind]
+
+
+def _check_member(reference: str, column: str, takes: str | None) -> None:
+    kind = MINI_MEMBERS.get(reference.removeprefix("mini/"))
+    if kind is None:
+        raise UnknownModel(f"no model `{shown(reference)}`; mini has {', '.join(sorted(MINI_MEMBERS))}")
+    if takes is None and column == "model":  # of no particular row
+        return
+    if kind != takes:
+        fitting = " or ".join(_members(takes))
+        wanted = f"{takes}: name {fitting}" if fitting else "what this column takes, and mini has nothing that is"
+        raise UnsupportedModel(f"{'model ' if column == 'model' else ''}{reference} is {kind}, not {wanted}")
 
 
 def _local_revision(path: Path) -> str | None:
@@ -220,6 +280,8 @@ def _local_revision(path: Path) -> str | None:
         if path.suffix != ".safetensors":
             raise UnsupportedModel(f"{shown(path)}: only .safetensors files are loaded (others can run code)")
         return f"file@{fingerprint(path)}"
+    if path.exists():
+        raise UnsupportedModel(f"{shown(path)}: not a regular file; name a folder or a .safetensors file")
     return None
 
 

@@ -33,9 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2vz.engine import vae
 from t2vz.models import loading
-from t2vz.models.mini import write_pipeline
 from t2vz.modes import Request, generate
 from t2vz.spec import JobSpec, evaluations
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import write_pipeline
 
 PROMPT = "a red ball on the grass"
 CHUNKS = (None, 8, 4, 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from t2vz.conditions import ConditionOptions
+from t2vz.models.table import resolve
 
 
 @pytest.fixture(scope="session")
@@ -19,20 +20,11 @@ def clip(real_clips):
 
 
 @pytest.fixture(scope="session")
-def mini(tmp_path_factory):
-    from t2vz.models.mini_annotators import write_annotators
-
-    folder = tmp_path_factory.mktemp("mini")
-    write_annotators(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def options(mini):
+def options():
     return ConditionOptions(
-        depth_model=str(mini / "depth"),
-        pose_model=str(mini / "pose"),
-        person_detector=str(mini / "detector"),
+        depth_model=resolve("mini/depth"),
+        pose_model=resolve("mini/pose"),
+        person_detector=resolve("mini/detector"),
         annotators="",
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from t2vz.conditions import CONDITIONS, ConditionOptions, extract, fit_condition
+from t2vz.conditions.segmentation import foreground
 from t2vz.errors import ConditionError, ModelError, UnknownModel, UnsupportedModel
 from t2vz.spec import ConditionName, JobSpec
 
@@ -32,7 +33,7 @@ def test_importing_conditions_is_light():
 
 
 def test_options_take_the_row_s_models_and_else_the_family_s():
-    row = {"mode": "control", "prompt": "a fox", "source": "a.mp4", "condition": "pose", "model": "sd15"}
+    row = {"mode": "control", "prompt": "a fox", "source": "a.mp4", "condition": "pose+edge", "model": "sd15"}
     options = ConditionOptions.of(JobSpec(**row), "cuda:1", batch_size=2)
     assert (options.device, options.batch_size) == ("cuda:1", 2)
     assert options.depth_model == "depth-anything/Depth-Anything-V2-Small-hf"
@@ -88,13 +89,16 @@ def test_fit_condition():
 
 
 def test_a_model_that_is_nowhere_is_one_clear_error(noise, options, tmp_path):
-    with pytest.raises(UnknownModel, match="nowhere"):
+    with pytest.raises(UnknownModel, match=r"^depth_model: .*nowhere: no such folder"):
         extract("depth", noise, replace(options, depth_model=str(tmp_path / "nowhere")))
-    with pytest.raises(ModelError, match=r"ControlNetHED\.pth"):
+    with pytest.raises(ModelError, match=r"^annotators .*ControlNetHED\.pth"):
         extract("hed", noise, replace(options, annotators=str(tmp_path)))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="can't be loaded"):
-        extract("depth", noise, replace(options, depth_model=str(tmp_path)))
+    for name, column in (("depth", "depth_model"), ("pose", "person_detector")):
+        with pytest.raises(ModelError, match=f"^{column} .*can't be loaded"):
+            extract(name, noise, replace(options, **{column: str(tmp_path)}))
+    with pytest.raises(ModelError, match=r"^segmentation_model .*can't be loaded"):
+        foreground(noise, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["depth", "pose", "hed", "openpose"])

@@ -67,7 +67,7 @@ def directly(frames, folder):
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     processor = AutoImageProcessor.from_pretrained(folder)
-    model = AutoModelForDepthEstimation.from_pretrained(folder).eval()
+    model = AutoModelForDepthEstimation.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         outputs = [model(**processor(Image.fromarray(frame), return_tensors="pt")) for frame in frames]
     return np.concatenate([each.predicted_depth.numpy() for each in outputs])

@@ -253,9 +253,12 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("shortage", "said"), [("disk", "no space left"), ("file size", "larger than")])
-def test_no_room_for_the_video(shortage: str, said: str, manifest: Write, tmp_path: Path, leftovers: Any) -> None:
+def test_no_room_for_the_video(
+    shortage: str, said: str, manifest: Write, tiny_model: Path, tmp_path: Path, leftovers: Any
+) -> None:
     """The row fails and leaves nothing; once there is room the same row is rendered."""
-    row = {"id": "big", "format": "mkv", "width": 256, "height": 256}
+    # Random weights: their noise makes a big file.
+    row = {"id": "big", "model": str(tiny_model), "format": "mkv", "width": 256, "height": 256}
     path = manifest(tmp_path / "m.csv", row)
     out = tmp_path / "out"
     settings = Settings(out, str(path), "run", "cpu")

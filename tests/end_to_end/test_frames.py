@@ -73,8 +73,7 @@ def pictures(count: int) -> NDArray[np.uint8]:
 def strong_controlnet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ControlNet for `tiny_model` that passes on what it sees; ordinary random weights let 1/10 000 through."""
     from diffusers import ControlNetModel
-
-    from t2vz.models.mini import write_controlnet
+    from tiny import write_controlnet
 
     folder = tmp_path_factory.mktemp("models") / "strong"
     torch.manual_seed(4)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
+from tiny import write_controlnet, write_pipeline
 from tiny_sdxl import write_sdxl
 
 from t2vz.engine import noise
 from t2vz.errors import ModelError, UnknownModel, UnsupportedModel
 from t2vz.models import loading
-from t2vz.models.mini import write_controlnet, write_pipeline
 from t2vz.modes import Request, generate
 from t2vz.spec import JobSpec
 
@@ -99,7 +99,7 @@ def test_a_pickled_controlnet_is_refused(tiny_model, tiny_controlnets, tmp_path)
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     control = {"mode": "control", "source": "unused", "condition": "edge", "controlnet": str(folder)}
-    with pytest.raises(UnsupportedModel, match=r"old: pickled weights only.*convert"):
+    with pytest.raises(UnsupportedModel, match=r"^controlnet .*old: pickled weights only.*convert"):
         load(tiny_model, **control)
 
 
@@ -204,6 +204,24 @@ def test_a_controlnet_of_another_family_is_refused(tiny_model, tmp_path, setting
     write_controlnet(tmp_path / "alien", base=tmp_path / "other")
     control = {"mode": "control", "source": "unused", "condition": "edge", "controlnet": str(tmp_path / "alien")}
     assert "alien" in refused(tiny_model, UnsupportedModel, **control)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"mode": "control", "source": "unused", "condition": "edge", "controlnet": ""}, {"vae": ""}]
+)
+def test_what_is_damaged_is_told_by_its_column(tiny_model, tiny_controlnets, tmp_path, columns):
+    (column,) = (name for name, value in columns.items() if not value)
+    folder = tiny_controlnets[0] if column == "controlnet" else tiny_model / "vae"
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    kept = load_file(weights)
+    kept.pop("conv_in.bias" if column == "controlnet" else "decoder.conv_in.bias")
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"^{column} .*copy: 1 weights of its .* are missing"):
+        load(tiny_model, **columns | {column: str(copy)})
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=rf"^{column} .*copy: can't be loaded"):
+        load(tiny_model, **columns | {column: str(copy)})
 
 
 def test_a_condition_without_a_controlnet_says_so():

@@ -62,17 +62,17 @@ def test_the_names_of_a_folders_files_are_in_its_identity(model):
 
 
 def test_identity_holds_every_model_that_is_used_and_no_other():
-    assert table.identity(spec()) == "mini/base@1"
-    assert table.identity(spec(mode="edit", source="unused")) == "mini/edit@1"
-    assert table.identity(control("edge")) == "mini/base@1 mini/controlnet-edge@1"
-    assert table.identity(control("depth")) == "mini/base@1 mini/controlnet-depth@1 mini/depth@1"
-    assert table.identity(control("edge+pose")).split()[3:] == ["mini/detector@1", "mini/pose@1"]
+    assert table.identity(spec()) == "mini/base@2"
+    assert table.identity(spec(mode="edit", source="unused")) == "mini/edit@2"
+    assert table.identity(control("edge")) == "mini/base@2 mini/controlnet-edge@2"
+    assert table.identity(control("depth")) == "mini/base@2 mini/controlnet-depth@2 mini/depth@2"
+    assert table.identity(control("edge+pose")).split()[3:] == ["mini/detector@2", "mini/pose@2"]
     assert table.identity(control("depth", source=None, condition_video="ready.mp4")).split()[2:] == []
 
 
 def test_identity_holds_a_controlnet_of_ones_own(tiny_controlnets):
     one, two = (table.identity(control("edge", controlnet=str(folder))) for folder in tiny_controlnets)
-    assert one.startswith("mini/base@1 folder@")
+    assert one.startswith("mini/base@2 folder@")
     assert one.split("@")[-1] != two.split("@")[-1]
 
 
@@ -96,7 +96,7 @@ def test_a_hub_models_one_weight_file_is_found_at_the_commit(hub_cache):
     file = repository / "snapshots" / FIRST / "style.safetensors"
     for path in (file, file.parent / "unet" / "model.safetensors"):
         save_file({"x": torch.zeros(1)}, path)
-    assert table.identity(spec(lora="somebody/lora")) == f"mini/base@1 lora=somebody/lora@{FIRST}"
+    assert table.identity(spec(lora="somebody/lora")) == f"mini/base@2 lora=somebody/lora@{FIRST}"
     assert weight_file("somebody/lora", "usual.safetensors", "lora") == str(file)
     with pytest.raises(ModelError, match=r"nobody/lora: not in the local cache"):
         weight_file("nobody/lora", "usual.safetensors", "lora")
@@ -175,6 +175,86 @@ def test_every_family_names_a_model_for_every_mode():
             assert table.controlnet_references(control(condition, model=name))
 
 
-def test_only_mini_carries_a_note():
-    assert "noise" in table.note("mini")
-    assert table.note("sd15") is None
+def test_members_of_mini_are_known_by_name():
+    assert {path.name for path in table.MINI_FOLDER.iterdir()} == table.MINI_MEMBERS.keys()
+    assert table.identity(spec("mini/dreambooth", lora="mini/lora")) == "mini/dreambooth@2 lora=mini/lora@2"
+    assert table.controlnet_references(control("edge", model="mini/dreambooth")) == ("mini/controlnet-edge",)
+    with pytest.raises(UnknownModel, match="mini has base, controlnet-depth"):
+        table.identity(spec("mini/../mini"))
+
+
+CONTROL = {"mode": "control", "source": "unused"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"model": "mini/lora"},
+            "^model mini/lora is a LoRA, not a text-to-image model: name mini/base or mini/dreambooth",
+        ),
+        ({"model": "mini/edit"}, "^model mini/edit is an InstructPix2Pix model, not a text-to-image model"),
+        (
+            {"model": "mini/dreambooth", "mode": "edit", "source": "unused"},
+            "^model mini/dreambooth is .*, not an InstructPix2Pix model: name mini/edit",
+        ),
+        ({"controlnet": "mini/base", "condition": "edge", **CONTROL}, "^controlnet: mini/base is .*, not a ControlNet"),
+        ({"depth_model": "mini/pose", "condition": "depth", **CONTROL}, "^depth_model: .*, not a depth estimator"),
+        ({"pose_model": "mini/depth", "condition": "pose", **CONTROL}, "^pose_model: .*, not a pose estimator"),
+        ({"person_detector": "mini/depth", "condition": "pose", **CONTROL}, "^person_detector: .*name mini/detector"),
+        (
+            {"annotators": "mini/depth", "condition": "hed", "controlnet": "mini/controlnet-edge", **CONTROL},
+            "^annotators: mini/depth",
+        ),
+        ({"lora": "mini/base"}, "^lora: mini/base is a text-to-image model, not a LoRA: name mini/lora"),
+        ({"textual_inversion": "mini/base"}, "^textual_inversion: .* mini has nothing that is"),
+        ({"vae": "mini/base"}, "^vae: mini/base"),
+        ({"vae": "mini/lora"}, "^vae: mini/lora"),
+        (
+            {"foreground_mask": "segmentation", "background_smoothing": 0.4, "segmentation_model": "mini/detector"},
+            "^segmentation_model: mini/detector is a person detector",
+        ),
+        (
+            {"ip_adapter": "somebody/adapter", "ip_adapter_image": "a.png", "image_encoder": "mini/base"},
+            "^image_encoder: mini/base",
+        ),
+    ],
+)
+def test_a_member_of_mini_in_the_wrong_place_is_refused_by_its_column(columns, said, monkeypatch):
+    monkeypatch.setattr(table.hub, "commit", lambda reference, wanted=None: FIRST)
+    with pytest.raises(UnsupportedModel, match=said):
+        table.identity(spec(**columns))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"lora": "mini"}, "^lora: mini is a whole family; name e.g. mini/lora"),
+        ({"vae": "sd15"}, "^vae: sd15 is a whole family; name a folder"),
+        ({"depth_model": "mini", "condition": "depth", **CONTROL}, "^depth_model: .* e.g. mini/depth"),
+        ({"lora": "no such"}, "^lora: no model `no such`: give a folder, a .safetensors file or a hub id$"),
+    ],
+)
+def test_the_name_of_a_family_is_for_model_alone(columns, said):
+    with pytest.raises(UnknownModel, match=said):
+        table.identity(spec(**columns))
+
+
+def test_a_device_is_no_model():
+    with pytest.raises(UnsupportedModel, match=r"^lora: /dev/null: not a regular file"):
+        table.identity(spec(lora="/dev/null"))
+
+
+def test_base_config_is_in_the_identity_of_a_single_file_alone(tiny_model, tiny_edit_model, tmp_path):
+    def identity(model, base):
+        row = {"prompt": "x", "model": str(model), "base_config": str(base)}
+        return table.identity(JobSpec.model_validate(row, context={"base_config"}))
+
+    assert identity(tiny_model, tmp_path / "nowhere") == table.identity(spec(tiny_model))
+    file = tmp_path / "one.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    assert len({table.identity(spec(file)), identity(file, tiny_model), identity(file, tiny_edit_model)}) == 3
+    with pytest.raises(UnknownModel, match=r"^base_config: .*nowhere: no such file or folder"):
+        identity(file, tmp_path / "nowhere")
+    with pytest.raises(UnsupportedModel, match=r"^base_config: .*unet: not a whole diffusers model"):
+        identity(file, tiny_model / "unet")

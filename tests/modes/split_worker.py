@@ -39,3 +39,4 @@ if __name__ == "__main__":
         made = generate_split(*request(model, columns, beside))
         file = Path(out) / f"{name}-{state.process_index}.pt"
         torch.save({"latents": made.latents, "evaluations": made.evaluations}, file)
+    state.destroy_process_group()  # gloo's threads, if still there at the interpreter's end, abort the process

@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import ImageProjection
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_zero import (
     CrossFrameAttnProcessor2_0,
 )
 from PIL import Image
+from reference import initial, quiet
 from safetensors.torch import load_file, save_file
 from tiny_sdxl import WIDTHS, write_sdxl
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -247,6 +254,33 @@ def test_an_ip_adapter_makes_diffusers_latents(tiny_model, files, name, scale):
     assert not close(made, latents(tiny_model))
 
 
+def test_an_ip_adapter_makes_diffusers_latents_of_an_edit(tiny_edit_model, tmp_path):
+    torch.manual_seed(8)
+    ip = write_ip_adapter(tmp_path / "ip.safetensors", tiny_edit_model)
+    source = np.random.default_rng(4).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+
+    def ours(**columns):
+        spec, components = make(tiny_edit_model, mode="edit", source="unused", scheduler="ddim", **columns)
+        picture = PICTURE if spec.ip_adapter else None
+        return generate(components, Request(spec, SEED, 64, 64, 1, source=source, picture=picture)).latents
+
+    pipeline = quiet(StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_edit_model, safety_checker=None))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.load_ip_adapter(str(tmp_path), subfolder="", weight_name=ip.name)
+    expected = pipeline(
+        PROMPT,
+        image=torch.from_numpy(source).permute(0, 3, 1, 2) / 255,
+        num_inference_steps=5,
+        guidance_scale=4,
+        latents=initial(SEED, 64, 64),
+        ip_adapter_image=Image.fromarray(PICTURE),
+        output_type="latent",
+    ).images
+    made = ours(ip_adapter=str(ip))
+    assert close(made, expected)
+    assert not close(made, ours())
+
+
 def test_all_at_once_in_frames_that_do_not_depend_on_the_chunks(tiny_model, files):
     columns = {
         "lora": str(files["lora"]),
@@ -404,6 +438,66 @@ def test_a_lora_that_fits_in_part_only_is_refused(tiny_model, files, tmp_path):
     refused(tiny_model, UnsupportedModel, "a DoRA, which isn't covered", lora=str(tmp_path / "dora.safetensors"))
     save_file({"something": torch.zeros(3)}, tmp_path / "none.safetensors")
     refused(tiny_model, UnsupportedModel, "only 0 of its 1 weights fit", lora=str(tmp_path / "none.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "said"),
+    [
+        ("lora", lambda key: "lora_B" in key, r"55 of its 55 layers lack one of their two matrices"),
+        ("lora", lambda key: "lora_A" in key, r"55 of its 55 layers lack"),
+        ("lora", lambda key: "lora_B" in key or key.startswith("text_encoder"), r"49 of its 55 layers lack"),
+        ("lora", lambda key: "lora_B" in key or key.startswith("unet"), r"6 of its 55 layers lack"),
+        ("kohya", lambda key: ".lora_down." not in key or "fc1" not in key, r"2 of its 55 layers lack"),
+    ],
+)
+def test_an_incomplete_lora_is_refused(tiny_model, files, tmp_path, name, keep, said):
+    half = tmp_path / "half.safetensors"
+    save_file({key: weight for key, weight in load_file(files[name]).items() if keep(key)}, half)
+    refused(tiny_model, UnsupportedModel, rf"^lora .*half\.safetensors: {said}", lora=str(half))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_lora_that_names_only_the_ends_of_layers_is_refused(tiny_model, tmp_path, part):
+    end = "q_proj" if part == "text_encoder" else "attn1.to_q"
+    save_file(
+        {f"{part}.{end}.lora_A.weight": torch.zeros(RANK, 64), f"{part}.{end}.lora_B.weight": torch.zeros(64, RANK)},
+        tmp_path / "ends.safetensors",
+    )
+    refused(tiny_model, UnsupportedModel, "only 0 of its 2 weights fit", lora=str(tmp_path / "ends.safetensors"))
+
+
+def test_a_word_without_a_name_is_called_as_its_file(tiny_model, tmp_path):
+    for key in ("", " "):
+        save_file({key: torch.zeros(64)}, tmp_path / "nameless.safetensors")
+        assert make(tiny_model, textual_inversion=str(tmp_path / "nameless.safetensors"))[1].words == ("nameless",)
+
+
+@pytest.mark.parametrize(
+    "vectors", [torch.zeros(0, 64), torch.zeros(1, 2, 64), torch.tensor(1.0), torch.zeros(64, dtype=torch.int64)]
+)
+def test_what_are_no_vectors_is_refused(tiny_model, tmp_path, vectors):
+    save_file({"<cat>": vectors}, tmp_path / "word.safetensors")
+    refused(
+        tiny_model,
+        UnsupportedModel,
+        r"^textual_inversion .*word\.safetensors: (float32|int64) \(.*where one vector or rows",
+        textual_inversion=str(tmp_path / "word.safetensors"),
+    )
+
+
+def test_a_word_that_is_taken_is_refused(tiny_model, files, tmp_path):
+    again = tmp_path / "again.safetensors"
+    save_file({"<tabby>": torch.zeros(64)}, again)
+    pair = f"{files['word']}+{again}"
+    refused(
+        tiny_model,
+        UnsupportedModel,
+        r"^textual_inversion .*again\.safetensors: its word “<tabby>” is one of another of the row's",
+        textual_inversion=pair,
+    )
+    taken = next(iter(make(tiny_model)[1].tokenizer.get_vocab()))
+    save_file({taken: torch.zeros(64)}, again)
+    refused(tiny_model, UnsupportedModel, "is one that the model has already", textual_inversion=str(again))
 
 
 def test_what_is_no_adapter_is_refused_by_name_and_column(tiny_model, files, tmp_path):

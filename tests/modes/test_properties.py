@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import write_controlnet, write_pipeline
 from torch import Tensor
 
 from t2vz.engine import vae
@@ -20,7 +21,6 @@ from t2vz.engine.lockstep import Snapshot
 from t2vz.engine.schedule import SCHEDULERS
 from t2vz.models import loading
 from t2vz.models.components import Components
-from t2vz.models.mini import write_controlnet, write_pipeline
 from t2vz.modes import Request, generate
 from t2vz.spec import JobSpec, evaluations, t0_t1
 

@@ -19,12 +19,12 @@ from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_vid
     CrossFrameAttnProcessor2_0,
 )
 from reference import Corrected, initial, quiet
+from tiny import write_controlnet
 from tiny_sdxl import write_sdxl
 
 from t2vz.engine import noise
 from t2vz.errors import UnsupportedModel
 from t2vz.models import loading
-from t2vz.models.mini import write_controlnet
 from t2vz.models.prompt import encode
 from t2vz.modes import Request, generate
 from t2vz.spec import JobSpec, t0_t1

@@ -1,0 +1,57 @@
+"""A row's strip: frames of its source, its conditions and its result in step under each other, as one small picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+FRAMES = 8
+HEIGHT_PX = 128
+_QUALITY = 85  # of WebP: a strip of three lines takes some 30 kB
+
+Frames = NDArray[np.uint8]  # (F, H, W, 3), RGB
+
+
+def shown(count: int) -> tuple[int, ...]:
+    """Which of `count` frames a strip shows: the first, the last, and evenly between."""
+    return tuple(round(i * (count - 1) / max(1, min(count, FRAMES) - 1)) for i in range(min(count, FRAMES)))
+
+
+def thumbnails(frames: Frames) -> Frames:
+    """The frames that a strip shows of a whole clip, at most `HEIGHT_PX` high."""
+    return np.stack([_small(frames[i]) for i in shown(len(frames))])
+
+
+def collecting(batches: Iterable[Frames], count: int, into: list[NDArray[np.uint8]]) -> Iterator[Frames]:
+    """The same batches of a clip of `count` frames; the thumbnails of its strip go `into` the list as they pass."""
+    wanted, at = set(shown(count)), 0
+    for batch in batches:
+        into.extend(_small(frame) for i, frame in enumerate(batch, at) if i in wanted)
+        at += len(batch)
+        yield batch
+
+
+def write(path: Path, lines: Sequence[Frames | list[NDArray[np.uint8]]]) -> None:
+    """Write a strip, whole or not at all. lines: of thumbnails of one size, a line each. Raises OSError."""
+    from PIL import Image
+
+    drawn = [np.concatenate(list(line), axis=1) for line in lines]
+    width = max(line.shape[1] for line in drawn)  # a condition video may be shorter than what came out
+    picture = np.concatenate([np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0))) for line in drawn])
+    draft = path.with_name(f".{path.name}")
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(draft, "webp", quality=_QUALITY)
+    draft.replace(path)
+
+
+def _small(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    import cv2
+
+    height, width = frame.shape[:2]
+    if height <= HEIGHT_PX:
+        return np.ascontiguousarray(frame)
+    size = (max(1, round(width * HEIGHT_PX / height)), HEIGHT_PX)
+    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)

@@ -1,0 +1,99 @@
+"""Contact sheets: the strips of a run's rows in one picture, each with its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from t2vz.errors import OutputError
+from t2vz.results import ResultRow, read
+
+STRIPS = "strips"  # folder beside `videos`
+_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+_MARGIN_PX = 6
+_TEXT_PX = 13
+
+
+def strip_path(out: str | Path, output_uri: str) -> Path:
+    """Where the strip of a video lies: `output_uri` as in the results table."""
+    return Path(out, STRIPS, f"{Path(output_uri).name}.webp")
+
+
+def write_sheet(
+    out: str | Path,
+    path: str | Path,
+    *,
+    mode: str | None = None,
+    limit: int = 100,
+    columns: int = 1,
+    scale: float = 1.0,
+) -> int:
+    """Write a contact sheet of the output folder's finished rows, in the manifest's order; how many it shows.
+
+    mode: only rows of it. columns: strips side by side. scale: of the strips, 1 for frames 128 px high.
+    path: its suffix says the format (.png, .webp, .jpg). Raises OutputError, ResultsError.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise OutputError(f"{path}: name a file that ends in .png, .webp or .jpg")
+    if not scale > 0:  # nor NaN
+        raise OutputError(f"scale must be a number above 0 (it is {scale})")
+    rows = [row for row in read(out).where(status="ok", mode=mode) if row.output_uri]
+    rows.sort(key=lambda row: (row.manifest or "", row.row_number or 0))
+    tiles: list[Any] = []
+    for row in rows:
+        if len(tiles) == limit:
+            break
+        strip = strip_path(out, row.output_uri or "")
+        if strip.is_file():  # rows of an older version have none
+            with Image.open(strip) as opened:
+                tiles.append(_tile(row, opened.convert("RGB"), scale))
+    if not tiles:
+        raise OutputError(f"{out}: no finished row with a strip to show")
+    try:
+        _laid_out(tiles, min(columns, len(tiles))).save(path)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: can't be written ({getattr(error, 'strerror', None) or error})") from error
+    return len(tiles)
+
+
+def _tile(row: ResultRow, strip: Any, scale: float) -> Any:
+    """The strip under what was asked for."""
+    from PIL import Image, ImageDraw
+
+    size = (max(1, round(strip.width * scale)), max(1, round(strip.height * scale)))
+    tile = Image.new("RGB", (size[0], size[1] + _TEXT_PX + 6), "white")
+    draw, font = ImageDraw.Draw(tile), _font()
+    text = f"{row.id}  ({row.mode})  “{row.prompt}”"
+    while draw.textlength(text, font) > size[0] and len(text) > 1:
+        text = f"{text[:-2]}…"
+    draw.text((0, 1), text, "black", font)
+    tile.paste(strip if scale == 1 else strip.resize(size, Image.Resampling.LANCZOS), (0, _TEXT_PX + 6))
+    return tile
+
+
+def _font() -> Any:
+    """DejaVu, which matplotlib carries: it has far more scripts than Pillow's own."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT_PX)
+
+
+def _laid_out(tiles: Sequence[Any], columns: int) -> Any:
+    from PIL import Image
+
+    # Each tile into the column that is shortest so far, so that strips of one line leave no holes.
+    width = max(tile.width for tile in tiles)
+    heights, places = [_MARGIN_PX] * columns, []
+    for tile in tiles:
+        column = heights.index(min(heights))
+        places.append((_MARGIN_PX + column * (width + _MARGIN_PX), heights[column]))
+        heights[column] += tile.height + _MARGIN_PX
+    sheet = Image.new("RGB", (_MARGIN_PX + columns * (width + _MARGIN_PX), max(heights)), "white")
+    for tile, place in zip(tiles, places, strict=True):
+        sheet.paste(tile, place)
+    return sheet
