@@ -46,12 +46,12 @@ def cat() -> Clip:
 
 
 def house() -> Clip:
-    """The camera pans to the right along a green house, 192 x 128."""
+    """The camera pans to the right along a green house."""
     scene = world.sample(
         np.random.default_rng(8), subject="house", colour="green", pattern="plain", background="grass", time="day",
         count=1,
     )  # fmt: skip
-    return _moving(scene, x=0.72, y=0.6, size=0.56, velocity_px=(0.0, 0.0), pan_px=(4.0, 0.0), width_px=192)
+    return _moving(scene, x=0.62, y=0.6, size=0.56, pan_px=(2.5, 0.0))
 
 
 def _moving(scene: world.Scene, *, x: float, y: float, size: float, **motion: object) -> Clip:

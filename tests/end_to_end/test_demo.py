@@ -75,7 +75,7 @@ def test_shape_and_rate_follow_source_and_manifest(rendered: Any) -> None:
             assert (result.frames, *video.size) == (8, 128, 128)
             continue
         assert result.frames == min(spec.video_length or 99, 1.5 * video.rate_fps)  # they last 1.5 s
-        assert video.size == ((128, 88) if Video(Path(path)).size == (192, 128) else (128, 128))
+        assert video.size == Video(Path(path)).size == (128, 128)
 
 
 def source(row: Row) -> str | None:
@@ -121,7 +121,7 @@ def test_no_frame_is_evaluated_twice(rendered: Any) -> None:
         if row.spec.mode != "text":
             assert result.unet_evaluations == row.spec.num_inference_steps * result.frames
     text = next(result for row, result, _ in rendered if row.id == "sepia-car")
-    assert text.unet_evaluations == 1 + 20 * 8  # one step for the anchor alone, from t1 to t0; then all from t1 on
+    assert text.unet_evaluations == 11 + 11 * 8  # the anchor alone down to t0 = 8, then all from t1 = 10 on
 
 
 def test_rerun_renders_nothing_and_says_so(demo: Any, t2vz: Callable[..., Any]) -> None:
