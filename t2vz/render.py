@@ -409,7 +409,7 @@ class Render:
         name = f"{file_name(self.job.row.id)}-{encoded.sha256[:12]}{suffix}"
         self.encoded = publish(encoded, self.settings.out / "videos" / name)
         try:
-            strip.write(strip_path(self.settings.out, name), [*self._thumbnails, result])
+            strip.write(strip_path(self.settings.out, name), [*self._thumbnails, result], self.workspace)
         except OSError as error:  # the video is there: a picture of it is not worth its loss
             self._warn(f"its strip could not be written ({error.strerror or error})")
 

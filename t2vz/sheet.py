@@ -49,8 +49,12 @@ def write_sheet(
             break
         strip = strip_path(out, row.output_uri or "")
         if strip.is_file():  # rows of an older version have none
-            with Image.open(strip) as opened:
-                tiles.append(_tile(row, opened.convert("RGB"), scale))
+            try:
+                with Image.open(strip) as opened:
+                    picture = opened.convert("RGB")
+            except OSError as error:
+                raise OutputError(f"{strip}: can't be read ({error}); remove it to leave it out") from error
+            tiles.append(_tile(row, picture, scale))
     if not tiles:
         raise OutputError(f"{out}: no finished row with a strip to show")
     try:
@@ -67,7 +71,7 @@ def _tile(row: ResultRow, strip: Any, scale: float) -> Any:
     size = (max(1, round(strip.width * scale)), max(1, round(strip.height * scale)))
     tile = Image.new("RGB", (size[0], size[1] + _TEXT_PX + 6), "white")
     draw, font = ImageDraw.Draw(tile), _font()
-    text = f"{row.id}  ({row.mode})  “{row.prompt}”"
+    text = " ".join(f"{row.id} ({row.mode}) “{row.prompt}”".split())[: size[0]]  # a letter is a pixel wide at least
     while draw.textlength(text, font) > size[0] and len(text) > 1:
         text = f"{text[:-2]}…"
     draw.text((0, 1), text, "black", font)

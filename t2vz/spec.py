@@ -446,6 +446,8 @@ def _idle(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("negative_prompt", "has no effect while guidance is off"))
     if spec.mode == "control" and spec.condition:
         for name, readers in _EXTRACTING.items():
+            if name in given and name.startswith("canny") and "edge" in spec.condition:
+                continue  # of a rendered condition `--quality` still takes the result's edges by them
             if name in given and spec.condition_video is not None:
                 bad.append((name, "has no effect with condition_video, which is taken as it is"))
             elif name in given and not set(readers) & set(spec.condition):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 FRAMES = 8
 HEIGHT_PX = 128
+_WIDTH_PX = 1024  # at most: WebP ends at 16,383 px
 _QUALITY = 85  # of WebP: a strip of three lines takes some 30 kB
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3), RGB
@@ -21,7 +22,7 @@ def shown(count: int) -> tuple[int, ...]:
 
 
 def thumbnails(frames: Frames) -> Frames:
-    """The frames that a strip shows of a whole clip, at most `HEIGHT_PX` high."""
+    """The frames that a strip shows of a whole clip, at most `HEIGHT_PX` high and `_WIDTH_PX` wide."""
     return np.stack([_small(frames[i]) for i in shown(len(frames))])
 
 
@@ -34,14 +35,17 @@ def collecting(batches: Iterable[Frames], count: int, into: list[NDArray[np.uint
         yield batch
 
 
-def write(path: Path, lines: Sequence[Frames | list[NDArray[np.uint8]]]) -> None:
-    """Write a strip, whole or not at all. lines: of thumbnails of one size, a line each. Raises OSError."""
+def write(path: Path, lines: Sequence[Frames | list[NDArray[np.uint8]]], workspace: Path) -> None:
+    """Write a strip, whole or not at all. lines: of thumbnails of one size, a line each. Raises OSError.
+
+    workspace: a folder of the writer's own on the same file system, where the draft lies meanwhile.
+    """
     from PIL import Image
 
     drawn = [np.concatenate(list(line), axis=1) for line in lines]
     width = max(line.shape[1] for line in drawn)  # a condition video may be shorter than what came out
     picture = np.concatenate([np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0))) for line in drawn])
-    draft = path.with_name(f".{path.name}")
+    draft = workspace / "strip.webp"
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(picture).save(draft, "webp", quality=_QUALITY)
     draft.replace(path)
@@ -51,7 +55,8 @@ def _small(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     import cv2
 
     height, width = frame.shape[:2]
-    if height <= HEIGHT_PX:
+    scale = min(HEIGHT_PX / height, _WIDTH_PX / width)
+    if scale >= 1:
         return np.ascontiguousarray(frame)
-    size = (max(1, round(width * HEIGHT_PX / height)), HEIGHT_PX)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)

@@ -1,6 +1,6 @@
 """The family's annotators, which estimate depth, persons and poses: architectures and training.
 
-Classes of transformers that `t2vz.conditions` loads for real models too. Each stage returns (model, processor).
+Classes of transformers that `t2vz.conditions` loads for real models too. `…_model` return (model, processor).
 """
 
 from __future__ import annotations

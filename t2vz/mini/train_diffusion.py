@@ -201,7 +201,7 @@ def _pool(run: Run, name: str, vae: Any, frames: Callable[[], world.Frame]) -> A
     """Posteriors of pictures, (2, N, 4, 16, 16): mean and standard deviation. Kept in out/pools for later stages."""
     import torch
 
-    path = run.out / "pools" / f"{name}.pt"
+    path = run.out / "pools" / f"{name}-{run.scale:g}.pt"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")

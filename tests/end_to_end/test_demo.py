@@ -148,7 +148,7 @@ def test_every_row_has_a_strip_and_the_sheet_shows_them_all(
     with Image.open(sheet) as opened:
         assert 1024 < opened.width < 1060
     assert main(["sheet", str(demo.out), str(tmp_path / "sheet.doc")]) == 2
-    assert "sheet.doc: can't be written" in capsys.readouterr().err
+    assert "sheet.doc: name a file that ends in .png" in capsys.readouterr().err
     assert main(["sheet", str(demo.out), str(sheet), "--mode", "text", "--limit", "1"]) == 0
     assert capsys.readouterr().out == f"1 row drawn in {sheet}\n"
 

@@ -336,6 +336,8 @@ def test_the_suite_runs_and_finds_that_random_weights_show_nothing(untrained, tm
 
 def test_the_command_prints_the_keys_last(untrained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "family_in", lambda folder: untrained)
+    for member in ("base", "edit"):
+        (tmp_path / member).mkdir()
     command = ["eval", "--out", str(tmp_path / "out"), "--scale", "0.001", "--steps", "3", "--device", "cpu"]
     assert main([*command, "--part", "text", "--family", str(tmp_path)]) == 0
     out = capsys.readouterr().out.splitlines()
