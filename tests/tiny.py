@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from t2vz.mini import family
 
@@ -18,18 +17,7 @@ WIDTH = 64  # of text embeddings
 def write_pipeline(folder: Path, *, in_channels: int, **unet_settings: Any) -> None:
     """A Stable Diffusion pipeline, or InstructPix2Pix's with 8 channels. unet_settings: of UNet2DConditionModel."""
     tokenizer = family.tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text_encoder = family.text_encoder(tokenizer, WIDTH)
     settings: dict[str, Any] = dict(family.unet(CHANNELS).config) | {
         "in_channels": in_channels,
         "cross_attention_dim": WIDTH,

@@ -82,15 +82,15 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
     return list(graphlib.TopologicalSorter(before).static_order())
 
 
-def text_encoder(words: Any) -> Any:
+def text_encoder(words: Any, width: int = TEXT_WIDTH) -> Any:
     """A new CLIPTextModel for the tokenizer `words`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
             bos_token_id=words.bos_token_id,
