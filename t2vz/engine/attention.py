@@ -35,6 +35,8 @@ class AnchorState:
         or themselves (the paper's ablation).
     merge: part of the tokens to merge in the layers of the finest resolution, (h, w) = `latent_size`.
     on_text: called with (layer, query (B, heads, f·n, d), key (B, heads, m, d)) in each attention to the prompt.
+    in_place: keep each layer's keys and values where they are while their shapes stay, for recorded graphs
+        (`engine.graphs`) that know them by their place.
     write: True while a batch starts with an anchor: its keys and values are computed and kept for the batches
         that follow; those read them.
     layers: their processors, which keep the keys and values.
@@ -45,6 +47,7 @@ class AnchorState:
     merge: float = 0.0
     latent_size: tuple[int, int] = (0, 0)
     on_text: OnText | None = None
+    in_place: bool = False
     write: bool = True
     layers: list[AnchorProcessor] = field(default_factory=list)
 
@@ -54,6 +57,14 @@ class AnchorState:
             self.branches = branches
             for layer in self.layers:
                 layer.text, layer.image = None, None
+
+    def keep(self, former: KeyValue | None, new: KeyValue) -> KeyValue:
+        """The new keys and values, in the former's place if that is asked for."""
+        if not self.in_place or former is None or former[0].shape != new[0].shape:
+            return new
+        for place, each in zip(former, new, strict=True):
+            place.copy_(each)
+        return former
 
     def commit(self) -> None:
         """The batch is done: its last frame is the one before the next batch's first."""
@@ -110,7 +121,7 @@ class AnchorProcessor:
         state, frames = self.state, hidden_states.unflatten(0, (self.state.branches, -1))
         if state.attends == "anchor":
             if state.write:
-                self.anchor = _key_value(attn, frames[:, 0])
+                self.anchor = state.keep(self.anchor, _key_value(attn, frames[:, 0]))
             return _attend(attn, hidden_states, [_kept(self.anchor)])
         key, value = _key_value(attn, hidden_states)  # of every frame: (B·f, heads, n, d)
         if state.attends == "anchor_previous":

@@ -7,7 +7,7 @@ values are alive. So memory does not grow with the clip, and the result does not
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from t2vz.engine import noise, schedule
+from t2vz.engine import graphs, noise, schedule
 from t2vz.engine.attention import AnchorState
 from t2vz.engine.guidance import Guide, unguided
 from t2vz.errors import InvalidFrames, OutOfDeviceMemory, is_out_of_memory
@@ -60,6 +60,7 @@ class Denoiser:
     anchors: frames whose keys and values all those up to the next of them attend to.
     image_latents: (F, C, h, w), the source frames of an InstructPix2Pix UNet, and image_branches: for each
         branch, 1 to show it the source frame or 0 to show it zeros.
+    run: runs what of a call happens on the device: `graphs.eager`, or a `Graphs` where `state.in_place` is set.
     evaluations: frames evaluated so far.
     """
 
@@ -74,7 +75,12 @@ class Denoiser:
     controls: tuple[Control, ...] = ()
     image_latents: Tensor | None = None
     image_branches: tuple[float, ...] = ()
+    run: Callable[[Hashable, graphs.Compute, Sequence[Tensor]], Tensor] = graphs.eager
     evaluations: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        shown = torch.tensor(self.image_branches, dtype=self.text.dtype, device=self.text.device)
+        self._shown = shown.view(-1, 1, 1, 1, 1)
 
     def chunk(self, start: int, size: int, count: int) -> slice:
         """The frames to evaluate together from `start` on: at most `size` of `count`, and of one anchor."""
@@ -83,44 +89,62 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor, frames: slice, step: int) -> Tensor:
         """x: float32 (f, C, h, w), scaled as the scheduler asks, at step number `step`. Returns the guided
-        prediction, the same shape. Within a step the slices come in order, each from `chunk`.
+        prediction, the same shape; the next call may overwrite it. Within a step the slices come in order, each
+        from `chunk`.
         """
         guided = step / self.steps < self.guided_part
-        first = 0 if guided else len(self.text) - 1
-        text, branches = self.text[first:], len(self.text) - first
+        branches = len(self.text) if guided else 1
         self.state.select(branches)
         self.state.write = frames.start in self.anchors
-        sample = x.to(text.dtype).repeat(branches, 1, 1, 1)
+        acting = tuple(control for control in self.controls if control.acts(step, self.steps))
+        inputs = [x.to(self.text.dtype), t]
+        if self.image_latents is not None:
+            inputs.append(self.image_latents[frames].to(x.device, self.text.dtype))
+        inputs += [torch.from_numpy(np.ascontiguousarray(control.frames[frames])).to(x.device) for control in acting]
+        run = self.run if self.state.on_text is None else graphs.eager  # a listener wants to be called
+        key = branches, self.state.write, tuple(map(id, acting))
+        prediction = run(key, partial(self._predict, guided, acting), inputs)
+        self.state.commit()
+        self.evaluations += len(x)
+        return prediction
+
+    def _predict(self, guided: bool, acting: Sequence[Control], inputs: Sequence[Tensor]) -> Tensor:
+        """What of a call happens on the device alone: nothing here may wait for it, or bring it something."""
+        x, t, *rest = inputs
+        first = 0 if guided else len(self.text) - 1
+        text, branches = self.text[first:], len(self.text) - first
+        sample = x.repeat(branches, 1, 1, 1)
         # `text` stays one a branch: the attention layers share it among the frames. The rest goes to each frame.
         given: dict[str, Any] = {
             name: value[first:].repeat_interleave(len(x), 0)
             for name, value in self.added.items()
             if name != "image_embeds"
         }
-        residuals = self._control(sample, t, text, frames, step, given)
+        pictures = rest if self.image_latents is None else rest[1:]
+        residuals = self._control(acting, pictures, sample, t, text, given)
         if "image_embeds" in self.added:
             given["image_embeds"] = [embeds[first:] for embeds in self.added["image_embeds"]]
         if self.image_latents is not None:
-            shown = torch.tensor(self.image_branches[first:], dtype=text.dtype, device=x.device).view(-1, 1, 1, 1, 1)
-            image = (shown * self.image_latents[frames].to(x.device, text.dtype)).flatten(0, 1)
+            image = (self._shown[first:] * rest[0]).flatten(0, 1)
             sample = torch.cat([sample, image], dim=1)
         prediction = self.unet(
             sample, t, encoder_hidden_states=text, added_cond_kwargs=given, return_dict=False, **residuals
         )[0]
-        self.state.commit()
-        self.evaluations += len(x)
         return (self.guide if guided else unguided)(prediction.to(torch.float32).unflatten(0, (branches, -1)))
 
     def _control(
-        self, sample: Tensor, t: Tensor, text: Tensor, frames: slice, step: int, given: dict[str, Any]
+        self,
+        acting: Sequence[Control],
+        pictures: Sequence[Tensor],
+        sample: Tensor,
+        t: Tensor,
+        text: Tensor,
+        given: dict[str, Any],
     ) -> dict[str, Any]:
         down: list[Tensor] = []
         mid: Tensor | None = None
-        for control in self.controls:
-            if not control.acts(step, self.steps):
-                continue
-            picture = torch.from_numpy(np.ascontiguousarray(control.frames[frames])).to(sample.device)
-            picture = (picture.permute(0, 3, 1, 2).to(sample.dtype) / 255).repeat(len(text), 1, 1, 1)
+        for control, frames in zip(acting, pictures, strict=True):
+            picture = (frames.permute(0, 3, 1, 2).to(sample.dtype) / 255).repeat(len(text), 1, 1, 1)
             more_down, more_mid = control.model(
                 sample,
                 t,
@@ -220,6 +244,8 @@ def _predict(
                     "one frame alone does not fit into device memory; lower width and height, or use dtype=float16"
                 )
             chunk_size = max(1, min(chunk_size, len(x)) // 2)
+            if isinstance(denoiser.run, graphs.Graphs):
+                denoiser.run.forget()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue

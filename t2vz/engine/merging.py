@@ -24,22 +24,26 @@ def bipartite(tokens: Tensor, h: int, w: int, ratio: float) -> tuple[Change, Cha
     """
     count = h * w
     grid = torch.arange(count, device=tokens.device).view(h, w)
-    corner = torch.zeros(h, w, dtype=torch.bool, device=tokens.device)
-    corner[::2, ::2] = True
-    into, others = grid[corner], grid[~corner]
+    # Not by a mask: the host would have to ask the device how many it picks.
+    into = grid[::2, ::2].flatten()
+    others = torch.cat([grid[::2, 1::2].flatten(), grid[1::2].flatten()]).sort().values
     going = min(int(ratio * count), len(others))
     unit = F.normalize(tokens.float(), dim=-1)
     likeness, nearest = (unit[:, others] @ unit[:, into].mT).max(dim=-1)  # (N, others) each
     order = likeness.argsort(dim=-1, descending=True, stable=True)
     gone, stay = order[:, :going], order[:, going:]
     target = nearest.gather(1, gone)  # the position in `into` that each takes
+    # A matrix product adds in a fixed order; scatter_reduce on a GPU and index_put on the CPU do not, and a rerun would
+    # round differently. The matrix is smaller than `likeness`.
+    taking = torch.arange(len(into), device=tokens.device)[:, None] == target[:, None]  # (N, into, gone)
+    taken = 1 + taking.sum(dim=-1, keepdim=True)
 
     def picked(states: Tensor, which: Tensor) -> Tensor:
         return states[:, others].gather(1, _wide(which, states))
 
     def merge(states: Tensor) -> Tensor:
-        joined = states[:, into].scatter_reduce(1, _wide(target, states), picked(states, gone), "mean")
-        return torch.cat([picked(states, stay), joined], dim=1)
+        joined = (states[:, into] + taking.to(states.dtype) @ picked(states, gone)) / taken
+        return torch.cat([picked(states, stay), joined.to(states.dtype)], dim=1)
 
     def unmerge(states: Tensor) -> Tensor:
         kept, joined = states.split([stay.shape[1], len(into)], dim=1)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from t2vz.engine.attention import AnchorState
 
 # Where the norms and activations are: elementwise work that a compiler fuses into the matrix products around it.
-_REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
-# A region is compiled for each shape of its layers (Stable Diffusion's UNet has 4 of transformer blocks and 14 of
+_REGIONS = ("Transformer2DModel", "BasicTransformerBlock", "ResnetBlock2D")
+# A region is compiled for each shape of its layers (Stable Diffusion's UNet has 4 of transformers and 14 of
 # residual blocks), for batches that write the anchor's keys and values and for those that read them, and for the
 # sizes of a chunk: the anchor alone, a full one, the last. Torch's own limit is 8 and falls back to eager silently.
 _RECOMPILE_LIMIT = 512
@@ -120,13 +120,19 @@ def compile_regions(model: nn.Module, *, backend: str = "inductor") -> None:
     """Have the model's repeated blocks compiled, each at its first call. For a model that makes many clips on a GPU:
     compiling takes minutes, and on the CPU it gains little. A second call changes nothing.
 
-    Shapes are static, so a chunk of another size compiles anew; `chunk_size` should divide the frames. No CUDA
-    graphs (mode="reduce-overhead"): their outputs are overwritten by the next replay, and the anchor's keys and
-    values are outputs of one call that later calls read.
+    Shapes are static, so a chunk of another size compiles anew; `chunk_size` should divide the frames. Not with CUDA
+    graphs of torch's own (mode="reduce-overhead"): their outputs are overwritten by the next replay, and the anchor's
+    keys and values are outputs of one call that later calls read. `engine.graphs` records what is compiled here.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for module in model.modules():
-        if type(module).__name__ in _REGIONS and module._compiled_call_impl is None:
+        if type(module).__name__ in _REGIONS and module._compiled_call_impl is None and _is_small(module):
             module.compile(backend=backend, dynamic=False)
+
+
+def _is_small(module: Any) -> bool:
+    """SDXL has up to ten blocks in a transformer, all alike: one of them is compiled then, not all in a row."""
+    blocks = getattr(module, "transformer_blocks", ())
+    return len(blocks) <= 1

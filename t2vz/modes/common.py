@@ -10,6 +10,7 @@ from torch import Tensor
 
 from t2vz.engine import guidance
 from t2vz.engine.attention import Attends, anchor_attention
+from t2vz.engine.graphs import Graphs, eager
 from t2vz.engine.lockstep import Denoiser, denoise
 from t2vz.engine.speed import shared_beginning
 from t2vz.errors import GenerationError
@@ -93,6 +94,8 @@ def denoising(
         # The branches begin with the same latents, but that edits show one of them no source.
         shown = parts.get("image_branches") or (0.0,) * len(branches.text)
         same = tuple(shown.index(each) for each in shown)
+        # Not where the frame before is kept, which is another place in every batch, nor where weights come and go.
+        recorded = components.device.type == "cuda" and attends == "anchor" and not components.hooks
         with (
             anchor_attention(
                 models,
@@ -100,6 +103,7 @@ def denoising(
                 attends=attends if spec.cross_frame_attention else "self",
                 merge=spec.token_merging_ratio,
                 latent_size=_finest_attention(components, request),
+                in_place=recorded,
             ) as state,
             shared_beginning(models, state, same),
         ):
@@ -112,6 +116,7 @@ def denoising(
                 added=branches.added,
                 guided_part=spec.guidance_end,
                 anchors=tuple(frames.index(scene) for scene in request.scenes if scene in frames),
+                run=Graphs() if recorded else eager,
                 **parts,
             )
     finally:
