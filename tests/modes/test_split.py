@@ -12,6 +12,7 @@ from t2vz.modes import generate
 from t2vz.spec import JobSpec, t0_t1
 
 WORKER = Path(__file__).with_name("split_worker.py")
+LEADER = Path(__file__).with_name("split_leader.py")
 STEPS = 6
 
 
@@ -30,6 +31,23 @@ def test_frames_do_not_depend_on_the_number_of_processes(tiny_model, tiny_contro
             split = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             assert (split["latents"] - whole.latents).abs().max() <= 1e-4
             assert split["evaluations"] == whole.evaluations + extra(name, columns, processes)
+
+
+def test_a_leader_has_followers_make_their_parts(tiny_model, tiny_controlnets, tmp_path):
+    arguments = [LEADER, tiny_model, tiny_controlnets[0], tmp_path, 2]
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (columns, beside) in cases(str(tiny_controlnets[0])).items():
+        whole = generate(*request(str(tiny_model), columns, beside))
+        led = torch.load(tmp_path / f"{name}-0.pt", weights_only=True)
+        assert (led["latents"] - whole.latents).abs().max() <= 1e-4
+        assert led["evaluations"] == whole.evaluations + extra(name, columns, 2)
+    assert "first_previous" in (tmp_path / "error.txt").read_text()
+    whole = generate(*request(str(tiny_model), {}, {}))
+    after = torch.load(tmp_path / "after.pt", weights_only=True)
+    assert (after - whole.latents).abs().max() <= 1e-4
+    assert not list(tmp_path.glob("*.npy"))  # what the processes shared is gone
 
 
 def extra(name, columns, processes):
