@@ -25,7 +25,7 @@ from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel, Field
 
-from t2vz import events
+from t2vz import events, metrics
 from t2vz.errors import DeviceLost, T2VZError, UnexpectedError
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import STAGES, Render, Settings, merge_results, opening, record_unready, render
@@ -81,6 +81,16 @@ class RenderParameters(BaseModel):
         title="Compile",
         description="torch.compile the UNet's blocks: minutes once, then faster on a GPU",
     )
+    metrics_port: int | None = Field(
+        default=None,
+        title="Metrics port",
+        description="Serve Prometheus metrics there; 0: any free one",
+        ge=0,
+        le=65535,
+    )
+    metrics_folder: str | None = Field(
+        default=None, title="Metrics folder", description="Write them there, for node-exporter's textfile collector"
+    )
 
 
 @flow(
@@ -135,7 +145,8 @@ def render_manifest(parameters: RenderParameters) -> Any:
         if row["status"] == "failed" and len(failures) < _TOLD_ROWS:
             failures.append((row["id"], row["stage"], row["message"]))
 
-    with opening(settings):
+    port, folder = parameters.metrics_port, parameters.metrics_folder
+    with metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder), opening(settings):
         try:
             items = plan(parameters.manifest, parameters.out, defaults=parameters.defaults, verify=parameters.verify)
             ahead = list(islice(items, _LOOK_AHEAD))

@@ -160,6 +160,8 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
 @click.option("--quality", is_flag=True, help="Measure the frames of every row: flicker, warp error, seams, drift.")
 @click.option("--clip-model", help="CLIP model (folder or hub id) that measures them, too; implies --quality.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the UNet: minutes once, then faster on a GPU.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics there.")
+@click.option("--metrics-folder", type=click.Path(), help="Write them there, for node-exporter's textfile collector.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
 def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **options: Any) -> int:
     """Render the rows of MANIFEST that are not done yet.

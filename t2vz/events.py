@@ -8,23 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Event:
     """kind: `planned` once (total: rows to render, done: rows done before), then for each row `row_started`,
     `stage` as each begins, `step` (done of total denoising steps), `warning` (message), and `row_finished`
-    with its status and, if failed, the message.
+    with its status, if failed the message, and the `ResultRow` unless another run did it. `row_lost` (message):
+    the process that worked on the row died, and another goes on with it.
     """
 
-    kind: Literal["planned", "row_started", "stage", "step", "warning", "row_finished"]
+    kind: Literal["planned", "row_started", "stage", "step", "warning", "row_finished", "row_lost"]
     id: str = ""
     stage: str = ""
     done: int = 0
     total: int = 0
     status: str = ""
     message: str = ""
+    row: Any = None
 
 
 Listener = Callable[[Event], None]

@@ -578,7 +578,8 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
     if not kept:
         emit(Event("row_finished", job.row.id, status="done"))
         return None
-    emit(Event("row_finished", job.row.id, status=row.status, message=row.error_message or row.output_uri or ""))
+    told = row.error_message or row.output_uri or ""
+    emit(Event("row_finished", job.row.id, status=row.status, message=told, row=row))
     return row
 
 
@@ -602,7 +603,7 @@ def record_unready(unready: Unready, settings: Settings) -> ResultRow:
         row |= {"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model}
     result = ResultRow(**row, **_failure(unready.error), attempts=0)
     _commit(settings.store(), result)
-    emit(Event("row_finished", unready.id, status="failed", message=unready.error.message))
+    emit(Event("row_finished", unready.id, status="failed", message=unready.error.message, row=result))
     return result
 
 
