@@ -254,7 +254,7 @@ def test_services_and_policies_select_pods_that_are_there(infra: Path, manifests
         for kind in ("PodDisruptionBudget", "Deployment", "StatefulSet")
         for one in each(manifests, kind).values()
     ]
-    assert len(selectors) == 10
+    assert len(selectors) == 11
     for selector in selectors:
         assert any(selector.items() <= one.items() for one in labels), selector
 
