@@ -1,5 +1,7 @@
 """Results: a row for every job, kept so that a kill at any moment loses no finished row and doubles none.
 
+OUT is a folder, or a prefix on S3 (`t2vz.storage`).
+
 OUT/records/  a small record a finished job, written whole or not at all: the job's commit point
 OUT/results/  the Delta table that the records are merged into, in batches
 
@@ -15,14 +17,14 @@ import random
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from t2vz.errors import OutputError, ResultsBusy, ResultsError, StorageTimeout, T2VZError, translate
+from t2vz import storage
+from t2vz.errors import OutputError, ResultsBusy, ResultsError, translate
+from t2vz.storage import Entry, Place, translating_storage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,8 +189,8 @@ class ResultStore:
     Nothing is created before the first `commit`.
     """
 
-    def __init__(self, out: str | Path) -> None:
-        self.out = Path(out).absolute()
+    def __init__(self, out: Place) -> None:
+        self.out = storage.normal(out)
         if re.search("%[0-9A-Fa-f]{2}", str(self.out)):  # deltalake 1.6 decodes it and then looks elsewhere
             raise ResultsError(f"{self.out}: a % before two hex digits can't be in the output folder's path")
 
@@ -198,42 +200,38 @@ class ResultStore:
         False if an ok row of the job is waiting already, from a run that worked at the same time: that one
         stands. Raises ResultsBusy, ResultsError, OutputError (no space, no permission), StorageTimeout.
         """
-        import obstore
-        from obstore.exceptions import AlreadyExistsError
-
         body = _to_json(row)
-        with _storage(self.out):
-            if row.status != "ok":
-                obstore.put(self._store, f"records/{row.job_id}.{row.run_id}.{row.status}.json", body)
+        if row.status != "ok":
+            storage.put(self.out, f"records/{row.job_id}.{row.run_id}.{row.status}.json", body)
+            return True
+        key = _ok_key(row.job_id)
+        for _ in range(_MERGE_TRIES):
+            if storage.create(self.out, key, body):
                 return True
-            key = _ok_key(row.job_id)
-            for _ in range(_MERGE_TRIES):
-                try:
-                    obstore.put(self._store, key, body, mode="create", use_multipart=False)
-                    return True
-                except AlreadyExistsError:
-                    there = self._body(key)
-                if there is None:
-                    continue  # merged in this moment
-                if there == body:
-                    return True  # written by ourselves; only the answer was lost
-                other = self._parsed(key, there)
-                if other is not None and row.started_at <= other.finished_at:
-                    return False
-                # It had finished before this attempt began, so our planner saw it and found its file gone.
-                self._flush([key])
+            there = storage.get(self.out, key)
+            if there is None:
+                continue  # merged in this moment
+            if there == body:
+                return True  # written by ourselves; only the answer was lost
+            other = self._parsed(key, there)
+            if other is not None and row.started_at <= other.finished_at:
+                return False
+            # It had finished before this attempt began, so our planner saw it and found its file gone.
+            entry = storage.head(self.out, key)
+            if entry is not None:
+                self._flush([entry])
         raise ResultsBusy(f"{self.out}: other runs keep writing job {row.job_id}; try again")
 
-    def flush(self, limit: int = 1000) -> int:
+    def flush(self, limit: int = 10_000) -> int:
         """Merge the waiting records into the table, at most `limit` in one step; how many they were.
 
         Raises ResultsBusy if other writers won every try, ResultsError, OutputError, StorageTimeout. The
         records then wait on: nothing is lost.
         """
-        with _storage(self.out):
-            keys = self._waiting()
-            merged = sum(self._flush(keys[at : at + limit]) for at in range(0, len(keys), limit))
-            if merged:
+        waiting = self._waiting()
+        merged = sum(self._flush(waiting[at : at + limit]) for at in range(0, len(waiting), limit))
+        if merged:
+            with translating_storage(self.out):
                 self._compact()
         return merged
 
@@ -241,8 +239,8 @@ class ResultStore:
         """The outputs of all ok jobs by job_id, waiting ones included."""
         import pyarrow.compute as pc
 
-        with _storage(self.out):
-            waiting = self._records()  # before the table: a record merged in between is then seen twice, not never
+        with translating_storage(self.out):
+            waiting = list(self._records())  # before the table: a record merged in between is then seen twice, not never
             found: dict[str, Finished] = {}
             if (table := self._table()) is not None:
                 columns = ["job_id", *Finished._fields]
@@ -258,9 +256,8 @@ class ResultStore:
 
     def is_done(self, job_id: str) -> Finished | None:
         """The job's output if an ok record of it waits: a cheap look for what another run has just finished."""
-        with _storage(self.out):
-            body = self._body(_ok_key(job_id)) if self.out.is_dir() else None
-            row = None if body is None else self._parsed(_ok_key(job_id), body)
+        body = storage.get(self.out, _ok_key(job_id))
+        row = None if body is None else self._parsed(_ok_key(job_id), body)
         return None if row is None else _finished(row)
 
     def arrow(self) -> pa.Table:
@@ -268,7 +265,7 @@ class ResultStore:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        with _storage(self.out):
+        with translating_storage(self.out):
             waiting: dict[str, ResultRow] = {}
             for row in self._records():
                 if row.job_id not in waiting or replaces(row, waiting[row.job_id]):
@@ -286,38 +283,13 @@ class ResultStore:
                 merged = merged.filter(pc.invert(known))
             return pa.concat_tables([merged, _to_arrow(list(waiting.values()))])
 
-    @cached_property
-    def _store(self) -> Any:
-        from obstore.store import LocalStore
+    def _waiting(self) -> list[Entry]:
+        return [entry for entry in storage.entries(self.out, "records") if entry.key.endswith(".json")]
 
-        return LocalStore(self.out, mkdir=True)  # readers ask only once the folder is there
-
-    def _waiting(self) -> list[str]:
-        """Keys of the waiting records."""
-        import obstore
-
-        if not self.out.is_dir():
-            return []
-        listed = obstore.list_with_delimiter(self._store, "records")["objects"]
-        return sorted(entry["path"] for entry in listed if entry["path"].endswith(".json"))
-
-    def _records(self) -> list[ResultRow]:
-        found = []
-        for key in self._waiting():
-            body = self._body(key)
-            row = None if body is None else self._parsed(key, body)
-            if row is not None:
-                found.append(row)
-        return found
-
-    def _body(self, key: str) -> bytes | None:
-        """The record, None if another process has merged it meanwhile."""
-        import obstore
-
-        try:
-            return bytes(obstore.get(self._store, key).bytes())
-        except FileNotFoundError:
-            return None
+    def _records(self) -> Iterator[ResultRow]:
+        for key, body in storage.get_all(self.out, [entry.key for entry in self._waiting()]):
+            if (row := self._parsed(key, body)) is not None:
+                yield row
 
     def _parsed(self, key: str, body: bytes) -> ResultRow | None:
         """The record's row. What is none (a power loss can leave zero bytes) is logged, None."""
@@ -327,40 +299,24 @@ class ResultStore:
             _log.warning("%s/%s is not a result record (%s); its row will be done again", self.out, key, error)
             return None
 
-    def _flush(self, keys: Sequence[str]) -> int:
-        import obstore
-
-        bodies: dict[str, bytes] = {}
+    def _flush(self, waiting: Sequence[Entry]) -> int:
+        listed = {entry.key: entry for entry in waiting}
+        merged: dict[str, Entry] = {}
         newest: dict[str, ResultRow] = {}  # MERGE would insert a key twice that is in its source twice
-        for key in keys:
-            body = self._body(key)
-            if body is None:
-                continue
+        for key, body in storage.get_all(self.out, list(listed)):  # what is gone, another flusher has merged
             row = self._parsed(key, body)
             if row is None:
-                self._set_aside(key)
+                storage.rename(self.out, key, key.replace("records/", "records/corrupt/", 1))
                 continue
-            bodies[key] = body
+            merged[key] = listed[key]
             if row.job_id not in newest or replaces(row, newest[row.job_id]):
                 newest[row.job_id] = row
         if newest:
-            self._merge(_to_arrow(list(newest.values())))
-        for key, body in bodies.items():
-            # Another flusher may have removed it, and a later run put a new one in its place.
-            if self._body(key) == body:
-                try:
-                    obstore.delete(self._store, key)
-                except FileNotFoundError:
-                    continue
-        return len(bodies)
-
-    def _set_aside(self, key: str) -> None:
-        import obstore
-
-        try:
-            obstore.rename(self._store, key, key.replace("records/", "records/corrupt/", 1))
-        except FileNotFoundError:
-            _log.debug("%s was set aside by another process", key)
+            with translating_storage(self.out):
+                self._merge(_to_arrow(list(newest.values())))
+        # Another flusher may have removed one, and a later run put a new one in its place: that stays.
+        storage.remove_unchanged(self.out, merged)
+        return len(merged)
 
     def _merge(self, rows: pa.Table) -> None:
         from deltalake.exceptions import CommitFailedError
@@ -383,20 +339,21 @@ class ResultStore:
         """The Delta table as it is now; None if there is none and it shall not be created."""
         from deltalake import DeltaTable
 
-        path = str(self.out / "results")
-        if not DeltaTable.is_deltatable(path):
+        path, options = storage.joined(self.out, "results"), storage.table_options(self.out)
+        if not DeltaTable.is_deltatable(path, storage_options=options):
             if not create:
                 return None
             DeltaTable.create(
                 path,
                 schema=schema(),
                 mode="ignore",
+                storage_options=options,
                 configuration={
                     "delta.checkpointInterval": "50",
                     "delta.logRetentionDuration": "interval 1 days",
                 },
             )
-        table = DeltaTable(path)
+        table = DeltaTable(path, storage_options=options)
         if [field.name for field in table.schema().fields] != schema().names:
             raise ResultsError(f"{path}: was written by another version of t2vz; use another output folder")
         return table
@@ -449,7 +406,7 @@ class Results:
         return int(self.table.num_rows)
 
 
-def read(out: str | Path, *, all: bool = False) -> Results:
+def read(out: Place, *, all: bool = False) -> Results:
     """The results in an output folder; creates nothing.
 
     For each row of each manifest, known by its path and the row's `id`, the result that finished last, in the
@@ -467,7 +424,7 @@ def read(out: str | Path, *, all: bool = False) -> Results:
 
 
 def export(
-    out: str | Path,
+    out: Place,
     path: str | Path,
     *,
     status: str | None = None,
@@ -567,27 +524,3 @@ def _to_arrow(rows: Sequence[ResultRow]) -> pa.Table:
     import pyarrow as pa
 
     return pa.Table.from_pylist([{name: getattr(row, name) for name in _FIELDS} for row in rows], schema())
-
-
-@contextmanager
-def _storage(out: Path) -> Iterator[None]:
-    """Translate what obstore, deltalake and the file system raise."""
-    from deltalake.exceptions import DeltaError
-    from obstore.exceptions import BaseError
-
-    try:
-        yield
-    except T2VZError:
-        raise
-    except (BaseError, DeltaError, OSError) as error:
-        text = str(error)
-        reason = (text.splitlines() or [type(error).__name__])[0]
-        if "No space left" in text or "os error 28" in text:
-            raise OutputError(f"{out}: no space left on the device", stage="results") from error
-        if "ermission denied" in text or "Read-only file system" in text:
-            raise OutputError(f"{out}: no permission to write results there", stage="results") from error
-        if "timed out" in text or "timeout" in text:
-            raise StorageTimeout(f"{out}: no answer in time ({reason})", stage="results") from error
-        raise ResultsError(f"{out}: the results can't be read or written ({reason})") from error
-    except Exception as error:
-        raise translate(error, "results", str(out)) from error
