@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, runtime, task
@@ -25,7 +24,7 @@ from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel, Field
 
-from t2vz import events, metrics
+from t2vz import claims, events, metrics, storage
 from t2vz.errors import DeviceLost, T2VZError, UnexpectedError
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import STAGES, Render, Settings, merge_results, opening, record_unready, render
@@ -107,7 +106,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
     """
     hide_tracebacks()
     settings = Settings(
-        out=Path(parameters.out).absolute(),
+        out=storage.normal(parameters.out),
         manifest=os.path.abspath(parameters.manifest),
         run_id=str(runtime.flow_run.id),
         device=parameters.device,
@@ -121,6 +120,9 @@ def render_manifest(parameters: RenderParameters) -> Any:
     counts: Counter[str] = Counter()
     failures: list[tuple[str, str, str]] = []
     planned, unflushed, flushed_at = 0, 0, time.monotonic()
+    jobs: dict[str, Job] = {}  # under way, by row
+    elsewhere: list[Job] = []  # rows that another run was at
+    looking_again = False
 
     def flush() -> None:
         nonlocal unflushed, flushed_at
@@ -140,10 +142,24 @@ def render_manifest(parameters: RenderParameters) -> Any:
                 continue
         under_way.discard(future)
         row = _awaited(future)
+        if row["status"] == "skipped" and not looking_again:
+            elsewhere.append(jobs.pop(row["id"]))
+            return
+        jobs.pop(row["id"], None)
         counts[row["status"]] += 1
         unflushed += 1
         if row["status"] == "failed" and len(failures) < _TOLD_ROWS:
             failures.append((row["id"], row["stage"], row["message"]))
+
+    def submit(item: Job | Unready) -> None:
+        if len(under_way) == parameters.in_flight:
+            collect()
+        id = item.row.id if isinstance(item, Job) else item.id
+        if isinstance(item, Job):
+            jobs[id] = item
+        future = render_row.submit(id, quote(item), quote(settings), quote(call))
+        future.add_done_callback(finished.put)
+        under_way.add(future)
 
     port, folder = parameters.metrics_port, parameters.metrics_folder
     with metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder), opening(settings):
@@ -156,17 +172,19 @@ def render_manifest(parameters: RenderParameters) -> Any:
                 if isinstance(item, Done):
                     counts["done"] += 1
                     continue
-                if len(under_way) == parameters.in_flight:
-                    collect()
                 planned += 1
-                id = item.row.id if isinstance(item, Job) else item.id
-                future = render_row.submit(id, quote(item), quote(settings), quote(call))
-                future.add_done_callback(finished.put)
-                under_way.add(future)
+                submit(item)
             if len(ahead) == _LOOK_AHEAD:
                 events.emit(events.Event("planned", total=planned, done=counts["done"]))
             while under_way:
                 collect()
+            if elsewhere:  # done by now, or free as the run that was at them is dead, or still under way there
+                claims.await_others(settings.out, settings.run_id, settings.stopping, settings.lease_s)
+                looking_again = True
+                for job in elsewhere:
+                    submit(job)
+                while under_way:
+                    collect()
         except BaseException:
             settings.stopping.set()  # rows under way end before their next step, frame or stage
             wait(list(under_way), timeout=_STOP_S)
@@ -185,7 +203,7 @@ def render_row(row: str, item: Any, settings: Any, call: Any) -> Any:
     """One manifest row, whole. Ends Completed, or Failed with the row's plain message."""
     done = record_unready(item, settings) if isinstance(item, Unready) else render(item, settings, call)
     if done is None:  # another run was faster
-        return Completed(message="skipped", data=_outcome(row, "skipped"))
+        return Completed(message="done by another run", data=_outcome(row, "elsewhere"))
     outcome = _outcome(row, done.status, done.error_stage or "", done.error_message or "", done.error_class or "")
     if done.status == "failed":
         return Failed(message=f"{done.error_stage}: {done.error_message}", data=outcome)
@@ -260,7 +278,13 @@ def _tell_plan(items: Iterable[Job | Unready | Done]) -> None:
 
 
 def _message(counts: Counter[str]) -> str:
-    said = {"ok": "rendered", "failed": "failed", "skipped": "skipped", "done": "done before"}
+    said = {
+        "ok": "rendered",
+        "failed": "failed",
+        "elsewhere": "done by another run",
+        "skipped": "left to another run that is at them",
+        "done": "done before",
+    }
     return ", ".join(f"{counts[status]} {word}" for status, word in said.items() if counts[status]) or "no rows"
 
 

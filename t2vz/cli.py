@@ -386,7 +386,13 @@ def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
     if not quiet and len(ended) <= _TOLD_ROWS:
         for row in ended:
             click.echo(_row_line(out, row))
-    said = {"ok": "rendered", "failed": "failed", "skipped": "done by another run", "done": "done before"}
+    said = {
+        "ok": "rendered",
+        "failed": "failed",
+        "elsewhere": "done by another run",
+        "skipped": "left to another run that is at them",
+        "done": "done before",
+    }
     click.echo(", ".join(f"{summary[status]} {word}" for status, word in said.items() if summary.get(status)))
     click.echo(f"videos in {os.path.join(out, 'videos')}; the table: t2vz results {out}")
 

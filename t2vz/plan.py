@@ -9,11 +9,12 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from t2vz import storage
 from t2vz.errors import (
     ConditionError,
     GenerationError,
@@ -30,6 +31,7 @@ from t2vz.media.limits import Limits
 from t2vz.media.local import naming, reading
 from t2vz.results import Finished, ResultStore
 from t2vz.spec import MASK_SOURCES, MODEL_COLUMNS, TEXT_FRAMES, JobSpec, evaluations, job_id, seed_of
+from t2vz.storage import Place
 
 if TYPE_CHECKING:
     from t2vz.media.probe import Probe
@@ -41,6 +43,7 @@ class Job:
 
     seed: as used, drawn from the job's id if the row has none. source_fingerprint: None in text mode.
     frames: expected; exact but for damaged sources. unet_evaluations: of one frame, all guidance branches.
+    results_version: of the results table in which the job was not done; -1: there was none.
     """
 
     job_id: str
@@ -50,6 +53,7 @@ class Job:
     source_fingerprint: str | None
     frames: int
     unet_evaluations: int
+    results_version: int = field(default=-1, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ class Summary:
 
 def plan(
     manifest: str | Path,
-    out: str | Path | None,
+    out: Place | None,
     defaults: Mapping[str, str] | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     verify: bool = False,
@@ -116,12 +120,17 @@ def plan(
     if out is not None:
         check_out(out)
     rows = read(manifest, defaults)
-    done = {} if out is None else ResultStore(out).done()
-    return _planned(rows, Path(out or "."), done, limits, verify)
+    done, version = ({}, -1) if out is None else ResultStore(out).done_at()
+    there = outputs(out, verify) if out is not None and done else None
+    return _planned(rows, done, version, there, limits)
 
 
-def check_out(out: str | Path) -> None:
-    """Raise OutputError if `out` is no folder and can't become one. Nothing is made or written."""
+def check_out(out: Place) -> None:
+    """Raise OutputError if `out` is no folder and can't become one, or no bucket that answers. Nothing is made or
+    written."""
+    if storage.is_remote(out):
+        storage.check(out)
+        return
     text = os.fspath(out)
     if not text.strip() or "\0" in text:
         raise OutputError("the output folder has no name; give one")
@@ -157,16 +166,55 @@ def summarise(planned: Iterable[Job | Unready | Done]) -> Summary:
     return Summary(to_do, done, unready, groups)
 
 
-def is_there(out: str | Path, finished: Finished, verify: bool = False) -> bool:
+def is_there(out: Place, finished: Finished, verify: bool = False) -> bool:
     """True if the output is as it was recorded.
 
     Its size and modification time are proof enough; the checksum is computed if the time differs (a copied
-    folder), for folders of images, and with `verify`. Raises OutputError if it can't be read.
+    folder), for folders of images, and with `verify`. On S3, where an object never changes in part, the size is.
+    Raises OutputError if it can't be read.
     """
-    path = Path(out, finished.output_uri)
-    with translating("results", str(path)):
+    return outputs(out, verify)(finished)
+
+
+def outputs(out: Place, verify: bool = False) -> Callable[[Finished], bool]:
+    """`is_there` for many: on S3 the bucket is listed once, by the second question."""
+    if not storage.is_remote(out):
+        return partial(_is_there_locally, str(out), verify=verify)
+    asked: list[Finished] = []
+    sizes: dict[str, int] = {}
+
+    def is_there_remotely(finished: Finished) -> bool:
+        from t2vz.media.encode import remote_checksum
+
+        key = finished.output_uri
+        if not asked:
+            found = {entry.key: entry.size_bytes for entry in [storage.head(out, key)] if entry} or _sizes(out, key)
+        else:
+            if len(asked) == 1:
+                sizes.update(_sizes(out, "videos"))
+            found = sizes
+        asked.append(finished)
+        if found.get(key) != finished.output_bytes:
+            return False
+        return not verify or remote_checksum(out, key) == finished.output_sha256
+
+    return is_there_remotely
+
+
+def _sizes(out: Place, folder: str) -> dict[str, int]:
+    """Bytes by key of all objects below `folder`; a folder of images has those of its files together."""
+    sizes: dict[str, int] = {}
+    for entry in storage.entries(out, folder, deep=True):
+        key = "/".join(entry.key.split("/")[:2])  # videos/name
+        sizes[key] = sizes.get(key, 0) + entry.size_bytes
+    return sizes
+
+
+def _is_there_locally(out: str, finished: Finished, verify: bool) -> bool:
+    path = os.path.join(out, finished.output_uri)
+    with translating("results", path):
         try:
-            found = path.stat()
+            found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         if not stat.S_ISDIR(found.st_mode):
@@ -176,11 +224,15 @@ def is_there(out: str | Path, finished: Finished, verify: bool = False) -> bool:
                 return True
         from t2vz.media.encode import checksum
 
-        return checksum(path)[0] == finished.output_sha256
+        return checksum(Path(path))[0] == finished.output_sha256
 
 
 def _planned(
-    rows: Iterable[Row | BadRow], out: Path, done: Mapping[str, Finished], limits: Limits, verify: bool
+    rows: Iterable[Row | BadRow],
+    done: Mapping[str, Finished],
+    version: int,
+    there: Callable[[Finished], bool] | None,
+    limits: Limits,
 ) -> Iterator[Job | Unready | Done]:
     from t2vz.media.probe import probe
 
@@ -199,7 +251,7 @@ def _planned(
             revision = revision_of(spec)
             content = _content(spec)
             job = job_id(spec, revision, content)
-            if job in done and is_there(out, done[job], verify):
+            if there is not None and job in done and there(done[job]):
                 yield Done(job, row.id)
                 continue
             frames = _frames(spec, None if source is None else probed(source), limits)
@@ -207,7 +259,8 @@ def _planned(
         except T2VZError as error:
             yield Unready(row.number, row.id, job_id(spec, f"unready {spec.model}", source), error, spec)
             continue
-        yield Job(job, row, seed_of(spec, revision, content), revision, content, frames, evaluations(spec, frames))
+        seed = seed_of(spec, revision, content)
+        yield Job(job, row, seed, revision, content, frames, evaluations(spec, frames), version)
 
 
 def _content(spec: JobSpec) -> str | None:

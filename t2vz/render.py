@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from t2vz import claims, storage
 from t2vz.clip import Clip
 from t2vz.errors import OutputError, T2VZError, translate, translating
 from t2vz.events import Event, emit
@@ -31,8 +32,9 @@ from t2vz.media.local import local_source, naming, reading
 from t2vz.models import table
 from t2vz.plan import Job, Unready, check_mask_length, check_out, is_there
 from t2vz.results import ResultRow, ResultStore
-from t2vz.sheet import strip_path
+from t2vz.sheet import strip_key
 from t2vz.spec import TEXT_FPS, TEXT_FRAMES, JobSpec, canonical, evaluations, t0_t1
+from t2vz.storage import Place
 
 if TYPE_CHECKING:
     from t2vz.engine.lockstep import Snapshot
@@ -54,15 +56,17 @@ DEVICE_STAGES = ("conditions", "generate")
 class Settings:
     """What the rows of a run share.
 
-    out: the output folder. manifest: where the rows come from, for the results. device: "auto", "cpu", "cuda:0", …
+    out: the output folder, or s3://bucket/prefix. manifest: where the rows come from, for the results.
+    device: "auto", "cpu", "cuda:0", …
     snapshot_s: seconds of denoising after which its state is saved, for a later run to go on from.
     quality: measure the frames of every row (`t2vz.quality`). clip_model: folder or hub id of a CLIP model that
     measures them, too.
+    lease_s: after so long without a sign of life a run counts as dead, and its rows are other runs' to do.
     compiled: have torch compile the UNet's blocks (`engine.speed`).
     stopping: once set, rows under way end at their next frame or step, without a result: the next run does them.
     """
 
-    out: Path
+    out: Place
     manifest: str
     run_id: str
     device: str = "auto"
@@ -71,6 +75,7 @@ class Settings:
     quality: bool = False
     clip_model: str | None = None
     compiled: bool = False
+    lease_s: float = claims.LEASE_S
     stopping: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def check_stopping(self) -> None:
@@ -84,7 +89,7 @@ class Settings:
     @property
     def workspace(self) -> Path:
         """This run's temporary files, on the output's file system so that finished files can be renamed."""
-        return self.out / ".work" / self.run_id
+        return storage.workspace(self.out) / self.run_id
 
     def store(self) -> ResultStore:
         return ResultStore(self.out)
@@ -103,7 +108,8 @@ def opening(settings: Settings) -> Iterator[None]:
         check_out(settings.out)
         try:
             work.mkdir(parents=True, exist_ok=True)
-            (settings.out / "videos").mkdir(exist_ok=True)
+            if not storage.is_remote(settings.out):
+                Path(settings.out, "videos").mkdir(exist_ok=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise OutputError(f"{settings.out}: can't be made a folder; choose another output folder") from error
         with _locked(work / "sweep.lock", wait=True):
@@ -116,10 +122,13 @@ def opening(settings: Settings) -> Iterator[None]:
             settings.workspace.mkdir(exist_ok=True)
             _sweep_snapshots(work / "snapshots")
     try:
-        merge_results(settings)
-        yield
+        with claims.living(settings.out, settings.run_id, settings.lease_s):
+            merge_results(settings)
+            try:
+                yield
+            finally:
+                merge_results(settings)
     finally:
-        merge_results(settings)
         shutil.rmtree(settings.workspace, ignore_errors=True)
         (work / f"{settings.run_id}.run").unlink(missing_ok=True)
         os.close(own)
@@ -172,6 +181,7 @@ class Render:
         self.request: Request | None = None
         self.generated: Generated | None = None
         self.encoded: Encoded | None = None
+        self.output_uri = ""
         self.quality: dict[str, float] = {}
         self._thumbnails: list[NDArray[np.uint8]] = []  # of source and conditions
         self._edges: NDArray[np.uint8] | None = None  # the edge condition, for as long as quality needs it
@@ -407,11 +417,12 @@ class Render:
         self._warn(*encoded.warnings)
         suffix = "" if spec.format == "png" else f".{spec.format}"
         name = f"{file_name(self.job.row.id)}-{encoded.sha256[:12]}{suffix}"
-        self.encoded = publish(encoded, self.settings.out / "videos" / name)
+        self.output_uri = f"videos/{name}"
+        self.encoded = publish(encoded, self.settings.out, self.output_uri)
         try:
-            strip.write(strip_path(self.settings.out, name), [*self._thumbnails, result], self.workspace)
-        except OSError as error:  # the video is there: a picture of it is not worth its loss
-            self._warn(f"its strip could not be written ({error.strerror or error})")
+            strip.write(self.settings.out, strip_key(name), [*self._thumbnails, result], self.workspace)
+        except (OSError, T2VZError) as error:  # the video is there: a picture of it is not worth its loss
+            self._warn(f"its strip could not be written ({getattr(error, 'strerror', None) or error})")
 
     def _unless_stopping(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
         for batch in batches:
@@ -521,7 +532,7 @@ class Render:
         return ResultRow(
             **row,
             status="ok",
-            output_uri=encoded.path.relative_to(self.settings.out).as_posix(),
+            output_uri=self.output_uri,
             output_sha256=encoded.sha256,
             output_bytes=encoded.size_bytes,
             output_mtime_ns=encoded.mtime_ns,
@@ -551,12 +562,19 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
     """Render one job and commit its result row: ok, or failed with stage and reason. Errors become rows.
 
     call: runs a stage; a flow gives its own, which makes each stage a task with retries.
-    Returns the row, or None if another run finished the job meanwhile. Raises ResultsError, OutputError or
+    Returns the row, or None if another run finished the job meanwhile. If another run is at it, the row is `skipped`,
+    and not committed: that run's will be the row's result. Raises ResultsError, OutputError or
     StorageTimeout if the result can't be kept, and KeyboardInterrupt when the run is stopping.
     """
     store = settings.store()
-    finished = store.is_done(job.job_id)
+    if not claims.take(settings.out, job.job_id, settings.run_id):
+        emit(Event("row_finished", job.row.id, status="skipped", message="another run is at it"))
+        now = datetime.now(UTC)
+        common = _common_row(settings, job.job_id, job.row.id, job.row.number, now, now)
+        return ResultRow(**common, status="skipped", attempts=0)
+    finished = store.is_done(job.job_id) or store.merged_since(job.results_version, settings.run_id).get(job.job_id)
     if finished is not None and is_there(settings.out, finished):
+        _release(job, settings)
         emit(Event("row_finished", job.row.id, status="done"))
         return None
     work = Render(job, settings)
@@ -575,12 +593,20 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
             work.forget_snapshot()
     finally:
         shutil.rmtree(work.workspace, ignore_errors=True)
+        _release(job, settings)
     if not kept:
         emit(Event("row_finished", job.row.id, status="done"))
         return None
     told = row.error_message or row.output_uri or ""
     emit(Event("row_finished", job.row.id, status=row.status, message=told, row=row))
     return row
+
+
+def _release(job: Job, settings: Settings) -> None:
+    try:
+        claims.release(settings.out, job.job_id, settings.run_id)
+    except T2VZError as error:  # the run's end sweeps it, or who finds the run dead
+        _log.warning("%s: its claim could not be given back: %s", job.row.id, error)
 
 
 def _commit(store: ResultStore, row: ResultRow) -> bool:

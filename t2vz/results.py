@@ -15,12 +15,15 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 from t2vz import storage
 from t2vz.errors import OutputError, ResultsBusy, ResultsError, translate
@@ -237,22 +240,26 @@ class ResultStore:
 
     def done(self) -> Mapping[str, Finished]:
         """The outputs of all ok jobs by job_id, waiting ones included."""
-        import pyarrow.compute as pc
+        return self.done_at()[0]
 
+    def done_at(self) -> tuple[Mapping[str, Finished], int]:
+        """`done`, and the table's version that it is of; -1 if there is no table."""
         with translating_storage(self.out):
-            waiting = list(self._records())  # before the table: a record merged in between is then seen twice, not never
+            # Before the table: a record that is merged in between is then seen twice, not never.
+            waiting = {row.job_id: _finished(row) for row in self._records() if row.status == "ok"}
             found: dict[str, Finished] = {}
             if (table := self._table()) is not None:
                 columns = ["job_id", *Finished._fields]
-                # Filtered here: a filter handed to the dataset fails on deltalake's string_view statistics.
                 for batch in table.to_pyarrow_dataset().to_batches(columns=["status", *columns]):
-                    ok = batch.filter(pc.equal(batch["status"], "ok"))
-                    values = [ok[name].to_pylist() for name in columns]
-                    found.update((job, Finished(*output)) for job, *output in zip(*values, strict=True))
-        for row in waiting:
-            if row.status == "ok":
-                found[row.job_id] = _finished(row)
-        return found
+                    found.update(_oks(batch))
+        return found | waiting, -1 if table is None else table.version()
+
+    def merged_since(self, version: int, run_id: str) -> Mapping[str, Finished]:
+        """The outputs of the ok jobs that other runs have merged into the table after its `version`.
+
+        Remembered in the process: another look costs one for the table's next version, and reads only what is new.
+        """
+        return _additions(self.out, version, run_id).look()
 
     def is_done(self, job_id: str) -> Finished | None:
         """The job's output if an ok record of it waits: a cheap look for what another run has just finished."""
@@ -370,6 +377,75 @@ class ResultStore:
             table.vacuum(dry_run=False)
         except CommitFailedError:
             _log.debug("%s: another writer was faster; a later flush will compact", self.out)
+
+
+def _oks(batch: Any, but_of: str | None = None) -> Iterator[tuple[str, Finished]]:
+    """Job and output of the ok rows of an Arrow batch or table, without those of the run `but_of`."""
+    import pyarrow.compute as pc
+
+    # Filtered here: a filter handed to the dataset fails on deltalake's string_view statistics.
+    wanted = pc.equal(batch["status"], "ok")
+    if but_of is not None:
+        wanted = pc.and_(wanted, pc.not_equal(batch["run_id"], but_of))
+    ok = batch.filter(wanted)
+    values = [ok[name].to_pylist() for name in ("job_id", *Finished._fields)]
+    return ((job, Finished(*output)) for job, *output in zip(*values, strict=True))
+
+
+class _Additions:
+    """Follows the table's log from a version on, which names the files that each merge adds."""
+
+    def __init__(self, out: Place, version: int, run_id: str) -> None:
+        self._out, self._next, self._run_id = out, version + 1, run_id
+        self._found: dict[str, Finished] = {}
+        self._lock = threading.Lock()
+        self._is_first_look = True
+
+    def look(self) -> Mapping[str, Finished]:
+        with self._lock, translating_storage(self._out):
+            files: list[str] = []
+            while (log := storage.get(self._out, f"results/_delta_log/{self._next:020d}.json")) is not None:
+                self._next += 1
+                files += _files_added(log)
+            if not files and self._is_first_look and self._is_behind():
+                return self._everything()
+            self._is_first_look = False
+            for file in files:
+                body = storage.get(self._out, f"results/{file}")
+                if body is None:  # replaced and vacuumed meanwhile
+                    return self._everything()
+                self._found.update(_oks(_read_parquet(body), self._run_id))
+        return self._found
+
+    def _is_behind(self) -> bool:
+        """True if the next version's log is not there because it is removed already."""
+        table = ResultStore(self._out)._table()
+        return table is not None and table.version() >= self._next
+
+    def _everything(self) -> Mapping[str, Finished]:
+        done, version = ResultStore(self._out).done_at()
+        self._found, self._next, self._is_first_look = dict(done), version + 1, False
+        return self._found
+
+
+@lru_cache(maxsize=8)
+def _additions(out: Place, version: int, run_id: str) -> _Additions:
+    return _Additions(out, version, run_id)
+
+
+def _files_added(log: bytes) -> list[str]:
+    """The files with new rows that a commit of a Delta table's log names; those that only join others are left out."""
+    added = (json.loads(line).get("add") for line in log.splitlines() if line.strip())
+    return [unquote(add["path"]) for add in added if add and add.get("dataChange", True)]
+
+
+def _read_parquet(body: bytes) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = pa.schema([schema().field(name) for name in ("job_id", "run_id", "status", *Finished._fields)])
+    # Cast: delta-rs writes string_view, which Arrow can compare with nothing.
+    return pq.read_table(pa.BufferReader(body), columns=wanted.names).cast(wanted)
 
 
 @dataclass(frozen=True)

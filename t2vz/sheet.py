@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from t2vz import storage
 from t2vz.errors import OutputError
 from t2vz.results import ResultRow, read
+from t2vz.storage import Place
 
 STRIPS = "strips"  # folder beside `videos`
 _SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
@@ -15,13 +18,13 @@ _MARGIN_PX = 6
 _TEXT_PX = 13
 
 
-def strip_path(out: str | Path, output_uri: str) -> Path:
-    """Where the strip of a video lies: `output_uri` as in the results table."""
-    return Path(out, STRIPS, f"{Path(output_uri).name}.webp")
+def strip_key(output_uri: str) -> str:
+    """Where the strip of a video lies in the output folder: `output_uri` as in the results table."""
+    return f"{STRIPS}/{Path(output_uri).name}.webp"
 
 
 def write_sheet(
-    out: str | Path,
+    out: Place,
     path: str | Path,
     *,
     mode: str | None = None,
@@ -47,13 +50,15 @@ def write_sheet(
     for row in rows:
         if len(tiles) == limit:
             break
-        strip = strip_path(out, row.output_uri or "")
-        if strip.is_file():  # rows of an older version have none
+        strip = strip_key(row.output_uri or "")
+        data = storage.get(out, strip)
+        if data is not None:  # rows of an older version have none
             try:
-                with Image.open(strip) as opened:
+                with Image.open(io.BytesIO(data)) as opened:
                     picture = opened.convert("RGB")
             except OSError as error:
-                raise OutputError(f"{strip}: can't be read ({error}); remove it to leave it out") from error
+                where = storage.joined(out, strip)
+                raise OutputError(f"{where}: can't be read ({error}); remove it to leave it out") from error
             tiles.append(_tile(row, picture, scale))
     if not tiles:
         raise OutputError(f"{out}: no finished row with a strip to show")

@@ -11,8 +11,10 @@ answer; retryable) and ResultsError (anything else).
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -63,6 +65,15 @@ def normal(place: Place) -> Place:
     return str(place).rstrip("/")
 
 
+def workspace(place: Place) -> Path:
+    """A local folder for what is not finished yet: in the place, or for S3 in T2VZ_WORKSPACE (else the temporary
+    folder), the same one for every run of this user that works for the place."""
+    if not is_remote(place):
+        return Path(place) / ".work"
+    root = os.environ.get("T2VZ_WORKSPACE") or Path(tempfile.gettempdir(), f"t2vz-{os.getuid()}")
+    return Path(root, "work", hashlib.sha256(str(normal(place)).encode()).hexdigest()[:16]).absolute()
+
+
 def joined(place: Place, key: str) -> str:
     """Where the object is, as path or URL."""
     return f"{str(place).rstrip('/')}/{key}"
@@ -78,13 +89,9 @@ def get(place: Place, key: str) -> bytes | None:
     """The object; None if there is none."""
     import obstore
 
-    with translating_storage(place):
-        if _is_missing(place):
-            return None
-        try:
-            return bytes(obstore.get(store(place), key).bytes())
-        except FileNotFoundError:
-            return None
+    with translating_storage(place), suppress(FileNotFoundError, NotADirectoryError):
+        return bytes(obstore.get(store(place), key).bytes()) if is_remote(place) else Path(place, key).read_bytes()
+    return None
 
 
 def head(place: Place, key: str) -> Entry | None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from t2vz.cli import cli, main
 from t2vz.results import ResultRow, ResultStore
-from t2vz.sheet import strip_path
+from t2vz.sheet import strip_key
 
 HEAVY = ("torch", "prefect", "diffusers", "transformers", "controlnet_aux", "decord", "accelerate", "cv2")
 
@@ -162,7 +162,7 @@ def test_results_filters(out: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_sheet_has_no_more_columns_than_rows(out: str, tmp_path: Path) -> None:
-    strip = strip_path(out, "videos/boat.mp4")
+    strip = out / strip_key("videos/boat.mp4")
     strip.parent.mkdir()
     Image.new("RGB", (320, 128)).save(strip)
     sizes = []

@@ -19,13 +19,24 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
+from t2vz import storage
 from t2vz.clip import AudioReference
 from t2vz.errors import EncodeError, OutputError, T2VZError, translate
 from t2vz.media.av_source import AV_ERRORS
 from t2vz.media.soundtrack import Soundtrack, soundtrack
 from t2vz.spec import FORMAT_CODECS, JobSpec
+from t2vz.storage import Place
 
 METADATA_FILE = "t2vz.json"  # beside the images of a png folder
+
+_CONTENT_TYPES = {
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+    ".mkv": "video/x-matroska",
+    ".gif": "image/gif",
+    ".png": "image/png",
+    ".json": "application/json",
+}
 
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "ffv1": "ffv1"}
 _CRF = {"h264": 18, "hevc": 18, "vp9": 24}
@@ -161,13 +172,27 @@ def check_rate(format: str, rate_fps: Fraction) -> None:
         raise EncodeError(f"a GIF shows at most {_MAX_GIF_FPS} frames/s: set fps to {_MAX_GIF_FPS} or lower")
 
 
-def publish(encoded: Encoded, final_path: Path) -> Encoded:
-    """Move a finished output to its final place on the same file system, whole.
+def publish(encoded: Encoded, out: Place, key: str) -> Encoded:
+    """Bring a finished output to its final place, whole: by a rename, or by one put on S3.
 
-    final_path: a name that carries the content's checksum. If the same content is there already, that stays,
-    ours is removed, and a warning says so; another content there is damage, and is replaced.
-    Errors: OutputError (another file system; no permission).
+    out: a folder on the workspace's file system, or s3://bucket/prefix. key: a name in it that carries the content's
+    checksum. If the same content is there already, that stays, ours is removed, and a warning says so; another
+    content there is damage, and is replaced. A folder of images goes to S3 file by file; it counts as there once
+    all of it is.
+    Errors: OutputError (another file system; no permission; no such bucket), StorageTimeout.
     """
+    if not storage.is_remote(out):
+        return _publish_locally(encoded, Path(out, key))
+    is_folder = encoded.path.is_dir()
+    for path in sorted(encoded.path.iterdir()) if is_folder else [encoded.path]:
+        type_of = _CONTENT_TYPES.get(path.suffix or Path(key).suffix, "application/octet-stream")
+        attributes = {"Content-Type": type_of} | ({} if is_folder else {"sha256": encoded.sha256})
+        storage.upload(path, out, f"{key}/{path.name}" if is_folder else key, attributes)
+    _remove(encoded.path)
+    return replace(encoded, path=Path(key), mtime_ns=0)  # of objects the checksum in their name is proof enough
+
+
+def _publish_locally(encoded: Encoded, final_path: Path) -> Encoded:
     with _encoding(final_path):
         final_path.parent.mkdir(parents=True, exist_ok=True)
         warnings = encoded.warnings
@@ -188,7 +213,7 @@ def publish(encoded: Encoded, final_path: Path) -> Encoded:
                     f"beside the output"
                 ) from error
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another run published it in this moment
-                return publish(encoded, final_path)
+                return _publish_locally(encoded, final_path)
             raise
         _sync_one(final_path.parent)
         return replace(encoded, path=final_path, mtime_ns=final_path.stat().st_mtime_ns, warnings=warnings)
@@ -214,6 +239,24 @@ def checksum(path: Path) -> tuple[str, int]:
         digest.update(f"{file_path.name}\0{sha256}\0".encode())
         total_bytes += size_bytes
     return digest.hexdigest(), total_bytes
+
+
+def remote_checksum(out: Place, key: str) -> str:
+    """`checksum`'s sha256 of an output on S3, read whole."""
+    files = [entry.key for entry in storage.entries(out, key, deep=True)]  # of a folder of images; of a file none
+    if not files:
+        return _hashed(storage.stream(out, key))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.rpartition('/')[2]}\0{_hashed(storage.stream(out, file))}\0".encode())
+    return digest.hexdigest()
+
+
+def _hashed(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 class _PngFolder:

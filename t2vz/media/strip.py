@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from t2vz import storage
+from t2vz.storage import Place
+
 FRAMES = 8
 HEIGHT_PX = 128
 _WIDTH_PX = 1024  # at most: WebP ends at 16,383 px
@@ -35,10 +38,11 @@ def collecting(batches: Iterable[Frames], count: int, into: list[NDArray[np.uint
         yield batch
 
 
-def write(path: Path, lines: Sequence[Frames | list[NDArray[np.uint8]]], workspace: Path) -> None:
-    """Write a strip, whole or not at all. lines: of thumbnails of one size, a line each. Raises OSError.
+def write(out: Place, key: str, lines: Sequence[Frames | list[NDArray[np.uint8]]], workspace: Path) -> None:
+    """Write a strip, whole or not at all. lines: of thumbnails of one size, a line each. Raises OSError, and what
+    `t2vz.storage` does.
 
-    workspace: a folder of the writer's own on the same file system, where the draft lies meanwhile.
+    workspace: a folder of the writer's own on the file system of a local `out`, where the draft lies meanwhile.
     """
     from PIL import Image
 
@@ -46,8 +50,12 @@ def write(path: Path, lines: Sequence[Frames | list[NDArray[np.uint8]]], workspa
     width = max(line.shape[1] for line in drawn)  # a condition video may be shorter than what came out
     picture = np.concatenate([np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0))) for line in drawn])
     draft = workspace / "strip.webp"
-    path.parent.mkdir(exist_ok=True)
     Image.fromarray(picture).save(draft, "webp", quality=_QUALITY)
+    if storage.is_remote(out):
+        storage.upload(draft, out, key, {"Content-Type": "image/webp"})
+        return
+    path = Path(out, key)
+    path.parent.mkdir(exist_ok=True)
     draft.replace(path)
 
 

@@ -21,7 +21,7 @@ from t2vz.media.strip import shown
 from t2vz.mini import measures
 from t2vz.mini.read import time as read_time
 from t2vz.results import ResultRow
-from t2vz.sheet import strip_path
+from t2vz.sheet import strip_key
 from t2vz.spec import evaluations
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_every_row_has_a_strip_and_the_sheet_shows_them_all(
     demo: Any, rendered: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for row, result, video in rendered:
-        with Image.open(strip_path(demo.out, result.output_uri)) as opened:
+        with Image.open(demo.out / strip_key(result.output_uri)) as opened:
             strip = np.asarray(opened.convert("RGB")).astype(float)
         lines = 1 + (row.spec.source is not None) + len(row.spec.condition)
         width, height = video.size

@@ -274,14 +274,14 @@ def test_odd_sizes_are_refused_before_a_frame_is_made(tmp_path):
 @pytest.mark.parametrize(("format", "name"), [("mp4", "v.mp4"), ("png", "v")])
 def test_publish_keeps_the_same_and_replaces_what_is_damaged(frames, tmp_path, format, name):
     final = tmp_path / "deep" / name
-    first = publish(written(frames, tmp_path / "w1", encoding(format)), final)
+    first = publish(written(frames, tmp_path / "w1", encoding(format)), tmp_path, f"deep/{name}")
     assert (first.path, first.mtime_ns) == (final, final.stat().st_mtime_ns)
     assert checksum(final)[0] == first.sha256
-    same = publish(written(frames, tmp_path / "w2", encoding(format)), final)
+    same = publish(written(frames, tmp_path / "w2", encoding(format)), tmp_path, f"deep/{name}")
     assert "there already" in same.warnings[0]
     damaged = next(final.iterdir()) if final.is_dir() else final
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    mended = publish(written(frames, tmp_path / "w3", encoding(format)), final)
+    mended = publish(written(frames, tmp_path / "w3", encoding(format)), tmp_path, f"deep/{name}")
     assert "damaged" in mended.warnings[0]
     assert checksum(final)[0] == first.sha256
     assert not (tmp_path / "w3").exists()

@@ -32,7 +32,7 @@ def test_a_strip_has_its_lines_under_each_other(tmp_path):
     red, blue = np.zeros((3, 64, 64, 3), np.uint8), np.zeros((2, 64, 64, 3), np.uint8)
     red[..., 0], blue[..., 2] = 255, 255
     file = tmp_path / "strips" / "a.webp"
-    strip.write(file, [red, list(blue)], tmp_path)
+    strip.write(tmp_path, "strips/a.webp", [red, list(blue)], tmp_path)
     with Image.open(file) as opened:
         picture = np.asarray(opened.convert("RGB")).astype(int)
     assert picture.shape == (128, 192, 3)
@@ -44,6 +44,6 @@ def test_a_strip_has_its_lines_under_each_other(tmp_path):
 
 def test_a_panorama_is_made_small_enough_for_webp(tmp_path):
     wide = np.zeros((8, 64, 4096, 3), np.uint8)
-    strip.write(tmp_path / "strips" / "wide.webp", [strip.thumbnails(wide)], tmp_path)
+    strip.write(tmp_path, "strips/wide.webp", [strip.thumbnails(wide)], tmp_path)
     with Image.open(tmp_path / "strips" / "wide.webp") as opened:
         assert opened.size == (8 * 1024, 16)
