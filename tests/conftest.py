@@ -15,6 +15,7 @@ from typing import Any
 _CACHE = Path(tempfile.mkdtemp(prefix="t2vz-tests-"))
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(_CACHE / "hub"))
+os.environ.update(T2VZ_CACHE_DIR=str(_CACHE / "t2vz"))
 os.environ.update(PREFECT_HOME=str(_CACHE / "prefect"), DO_NOT_TRACK="1", PREFECT_SERVER_ANALYTICS_ENABLED="false")
 
 import pytest  # noqa: E402

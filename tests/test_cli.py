@@ -162,7 +162,7 @@ def test_results_filters(out: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_sheet_has_no_more_columns_than_rows(out: str, tmp_path: Path) -> None:
-    strip = out / strip_key("videos/boat.mp4")
+    strip = Path(out) / strip_key("videos/boat.mp4")
     strip.parent.mkdir()
     Image.new("RGB", (320, 128)).save(strip)
     sizes = []

@@ -1,4 +1,4 @@
-"""What every reader of a source begins with: that it is local, there, and can be opened without waiting for ever."""
+"""What every reader of a source begins with: that it is here, and can be opened without waiting for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from t2vz import storage
 from t2vz.errors import SourceError, SourceMissing, UnexpectedError, translate
+from t2vz.media import cache
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 _SHOWN_CHARACTERS = 240
@@ -18,20 +20,33 @@ _SHOWN_CHARACTERS = 240
 def local_source(path: str | os.PathLike[str]) -> Path:
     """The path of a regular file or a folder; nothing is opened, as a pipe or a device may never answer.
 
-    Raises SourceMissing; SourceError (an address, a pipe, a device); the operating system's own errors pass.
+    Of an object on S3 (`s3://bucket/key`) the path of a local copy (`media.cache`).
+    Raises SourceMissing; SourceError (an address, a pipe, a device); the operating system's own errors pass; of S3
+    OutputError and StorageTimeout.
     """
     text = os.fspath(path)  # Path would make `http:/` of `http://`
+    if storage.is_remote(text):
+        entry = storage.head(*storage.split(text))
+        if entry is None:
+            raise SourceMissing(f"{shown(text)}: no such object")
+        return cache.local_copy(text, entry)
+    stat_of_source(text)
+    return Path(text)
+
+
+def stat_of_source(text: str) -> os.stat_result:
+    """Of a local file or folder. Raises as `local_source`."""
     try:
-        mode = os.stat(text).st_mode
+        found = os.stat(text)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
         if _SCHEME.match(text):
             raise SourceError(
-                f"{shown(text)}: only local files and folders are read so far; copy it here first"
+                f"{shown(text)}: only local files and folders and objects on S3 are read; copy it here first"
             ) from None
         raise SourceMissing(f"{shown(text)}: no such file or folder") from None
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise SourceError(f"{shown(text)}: neither a file nor a folder, but a device, pipe or socket; name a file")
-    return Path(text)
+    return found
 
 
 @contextmanager
