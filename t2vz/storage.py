@@ -250,12 +250,13 @@ def entries(place: Place, folder: str, *, deep: bool = False) -> Iterator[Entry]
 def upload(path: Path, place: Place, key: str, attributes: dict[str, str] | None = None) -> None:
     """A local file to an object, which appears whole or not at all.
 
-    attributes: kept with the object (Content-Type, or metadata of one's own).
+    attributes: kept with an object on S3 (Content-Type, or metadata of one's own).
     """
     import obstore
 
     with translating_storage(place), path.open("rb") as file:
-        obstore.put(store(place), key, file, attributes=dict(attributes or {}))
+        # A folder has no place to keep attributes in.
+        obstore.put(store(place), key, file, **({"attributes": attributes} if is_remote(place) and attributes else {}))
 
 
 def ranges(place: Place, key: str, spans: list[tuple[int, int]]) -> list[bytes]:
@@ -385,10 +386,10 @@ def _translated(place: Place, text: str, kind: str) -> T2VZError:
             stage="results",
         )
     if "ermission denied" in text or "Read-only file system" in text:
-        return OutputError(f"{place}: no permission to write results there", stage="results")
+        return OutputError(f"{place}: no permission to write there", stage="results")
     if _NO_ANSWER.search(text):
         return StorageTimeout(f"{place}: no answer in time ({reason})", stage="results")
-    return ResultsError(f"{place}: the results can't be read or written ({reason})")
+    return ResultsError(f"{place}: can't be read or written ({reason})")
 
 
 def _without_secrets(text: str) -> str:

@@ -6,7 +6,11 @@ import atexit
 import csv
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,3 +102,51 @@ def tiny_controlnets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
     for name in ("one", "two"):
         write_controlnet(folder / name, base=tiny_model)
     return folder / "one", folder / "two"
+
+
+class S3:
+    """A real S3 server of the tests' own. bucket: a new one for each time it is asked."""
+
+    secret = "this-is-the-secret-key"
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def bucket(self) -> str:
+        name = f"bucket-{uuid.uuid4()}"
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/{name}", method="PUT", data=b"")):
+            return f"s3://{name}"
+
+    def fails(self, *, before: int = 0, after: int = 0) -> None:
+        with urllib.request.urlopen(f"{self.url}/t2vz-faults?before={before}&after={after}", data=b""):
+            pass
+
+    def requests(self) -> list[str]:
+        """What was asked since the last such question, as "METHOD /bucket/key"."""
+        with urllib.request.urlopen(f"{self.url}/t2vz-requests") as answer:
+            return answer.read().decode().splitlines()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    command = [sys.executable, str(Path(__file__).with_name("s3_server.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        server.communicate()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
+    """An S3 server that this test's processes use by their environment."""
+    found = S3(s3_server)
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": S3.secret,
+        "AWS_REGION": "us-east-1",
+        "T2VZ_WORKSPACE": str(tmp_path / "workspace"),
+        "T2VZ_CACHE_DIR": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return found

@@ -10,10 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from t2vz import storage
-from t2vz.errors import SourceMissing
 from t2vz.media import cache
 from t2vz.media.images import image_files
-from t2vz.media.local import reading, shown, stat_of_source
+from t2vz.media.local import entry_of_source, fetching, reading, stat_of_source
 
 WHOLE_UP_TO_BYTES = 64 * 2**20
 _SAMPLES = 64
@@ -33,12 +32,13 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     Remembered by path, size, modification time and inode: in the process, and of all but small files in the user's
     cache (T2VZ_CACHE_DIR, else ~/.cache/t2vz), so that a rerun does not read its sources again.
     An object on S3 (`s3://bucket/key`) has the fingerprint of a file with its content; remembered by its ETag.
-    Errors: SourceMissing, SourceEmpty (a folder without images), SourceError (not to be read, a pipe, a device);
-    of S3 also OutputError and StorageTimeout.
+    Errors: SourceMissing, SourceEmpty (a folder without images), SourceError (not to be read, a pipe, a device),
+    StorageTimeout.
     """
     text = os.fspath(path)
     if storage.is_remote(text):
-        return _of_object(text)
+        with fetching():
+            return _of_object(text)
     with reading(text):
         found = stat_of_source(text)
         if not stat.S_ISDIR(found.st_mode):
@@ -69,9 +69,7 @@ def _known_or_hashed(path: str, size_bytes: int, mtime_ns: int, inode: int) -> s
 
 def _of_object(uri: str) -> str:
     place, key = storage.split(uri)
-    entry = storage.head(place, key)
-    if entry is None:
-        raise SourceMissing(f"{shown(uri)}: no such object")
+    entry = entry_of_source(uri)
     version = f"{entry.size_bytes} {entry.version}"
     if (known := cache.get(uri, version)) is not None:
         return known

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from t2vz import storage
-from t2vz.errors import SourceError, SourceMissing, UnexpectedError, translate
+from t2vz.errors import (
+    OutputError,
+    ResultsError,
+    SourceError,
+    SourceMissing,
+    StorageTimeout,
+    UnexpectedError,
+    translate,
+)
 from t2vz.media import cache
 
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
@@ -21,17 +29,34 @@ def local_source(path: str | os.PathLike[str]) -> Path:
     """The path of a regular file or a folder; nothing is opened, as a pipe or a device may never answer.
 
     Of an object on S3 (`s3://bucket/key`) the path of a local copy (`media.cache`).
-    Raises SourceMissing; SourceError (an address, a pipe, a device); the operating system's own errors pass; of S3
-    OutputError and StorageTimeout.
+    Raises SourceMissing; SourceError (an address, a pipe, a device; S3 refuses); StorageTimeout; the operating system's
+    own errors pass.
     """
     text = os.fspath(path)  # Path would make `http:/` of `http://`
     if storage.is_remote(text):
-        entry = storage.head(*storage.split(text))
-        if entry is None:
-            raise SourceMissing(f"{shown(text)}: no such object")
-        return cache.local_copy(text, entry)
+        with fetching():
+            return cache.local_copy(text, entry_of_source(text))
     stat_of_source(text)
     return Path(text)
+
+
+def entry_of_source(uri: str) -> storage.Entry:
+    """Of an object on S3. Raises SourceMissing, and what `t2vz.storage` does."""
+    entry = storage.head(*storage.split(uri))
+    if entry is None:
+        raise SourceMissing(f"{shown(uri)}: no such object")
+    return entry
+
+
+@contextmanager
+def fetching() -> Iterator[None]:
+    """What S3 has against the block's reading, as errors of a source."""
+    try:
+        yield
+    except StorageTimeout as error:
+        raise StorageTimeout(error.message, stage="decode") from error
+    except (OutputError, ResultsError) as error:
+        raise SourceError(error.message) from error
 
 
 def stat_of_source(text: str) -> os.stat_result:

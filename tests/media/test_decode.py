@@ -323,7 +323,7 @@ def test_bad_sources_have_typed_errors(tmp_path, clip_path, ffmpeg):
             decode(tmp_path / name)
         assert type(caught.value) is error, name
     with pytest.raises(SourceError, match="only local files"):
-        probe("s3://bucket/clip.mp4")
+        probe("gs://bucket/clip.mp4")
 
 
 def test_mutated_files_give_frames_or_a_source_error(tmp_path, clip_path):
