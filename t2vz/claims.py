@@ -38,21 +38,22 @@ _TRIES = 10
 _log = logging.getLogger(__name__)
 
 
-def take(out: Place, job_id: str, run_id: str) -> bool:
+def take(out: Place, job_id: str, run_id: str, row: str = "") -> bool:
     """Claim a job for the run: True if it is the run's now, False if a living run is at it.
 
-    Workers of one run claim in its name; a claim that it has already is its own. Raises what `t2vz.storage` does.
+    row: the manifest row's id, for whoever reads the claim. Workers of one run claim in its name; a claim that it has
+    already is its own. Raises what `t2vz.storage` does.
     """
-    key, mine = _claim_key(job_id), _claim(run_id)
+    key, mine = _claim_key(job_id), json.dumps({"run_id": run_id, "row": row}).encode()
     for _ in range(_TRIES):
         if storage.create(out, key, mine):
             return True
         there = storage.get(out, key)
         if there is None:  # released in this moment
             continue
-        if there == mine:
+        owner = _read(there).get("run_id")
+        if owner == run_id:
             return True
-        owner = _owner(there)
         if owner is not None and storage.head(out, _run_key(owner)) is not None:
             return False
         if storage.swap(out, key, there, mine):
@@ -62,7 +63,9 @@ def take(out: Place, job_id: str, run_id: str) -> bool:
 
 def release(out: Place, job_id: str, run_id: str) -> None:
     """Give the job back, if it is still the run's."""
-    storage.remove_if(out, _claim_key(job_id), _claim(run_id))
+    there = storage.get(out, _claim_key(job_id))
+    if there is not None and _read(there).get("run_id") == run_id:
+        storage.remove_if(out, _claim_key(job_id), there)
 
 
 @contextmanager
@@ -87,23 +90,39 @@ def living(out: Place, run_id: str, lease_s: float = LEASE_S) -> Iterator[None]:
 
 def _release_all(out: Place, run_id: str) -> None:
     """What is still the run's at its end: of workers that were killed."""
+    for claim in claimed(out):
+        if claim.run_id == run_id:
+            release(out, claim.job_id, run_id)
+
+
+class Claim(NamedTuple):
+    """run_id: None if the claim is damaged. row: the manifest row's id. is_live: a living run's."""
+
+    job_id: str
+    run_id: str | None
+    row: str
+    is_live: bool
+
+
+def claimed(out: Place) -> list[Claim]:
+    """The claims there are."""
+    found = []
     for key, body in storage.get_all(out, [entry.key for entry in storage.entries(out, "claims")]):
-        if body == _claim(run_id):
-            storage.remove_if(out, key, body)
+        claim = _read(body)
+        run_id = claim.get("run_id")
+        is_live = run_id is not None and storage.head(out, _run_key(run_id)) is not None
+        found.append(Claim(Path(key).stem, run_id, claim.get("row", ""), is_live))
+    return found
 
 
 def sweep(out: Place, run_id: str) -> list[str]:
     """Remove the claims of dead runs, for a run that lives; the jobs they were of."""
     swept = []
-    for entry in storage.entries(out, "claims"):
-        body = storage.get(out, entry.key)
-        owner = _owner(body) if body is not None else run_id
-        if owner == run_id or (owner is not None and storage.head(out, _run_key(owner)) is not None):
-            continue
-        job_id = Path(entry.key).stem
-        if take(out, job_id, run_id):  # first made our own: it may be taken over in this moment
-            release(out, job_id, run_id)
-            swept.append(job_id)
+    for claim in claimed(out):
+        # First made our own: it may be taken over in this moment.
+        if not claim.is_live and take(out, claim.job_id, run_id):
+            release(out, claim.job_id, run_id)
+            swept.append(claim.job_id)
     return swept
 
 
@@ -155,7 +174,7 @@ class _Heart:
         for key, entry in found.items():
             watch = self._watched.get(key)
             if watch is None or watch.version != entry.version:
-                home = watch.home if watch is not None else _home_in(storage.get(self._out, key))
+                home = watch.home if watch is not None else _read(storage.get(self._out, key)).get("home")
                 watch = self._watched[key] = _Watch(entry.version, time.monotonic(), home)
             if own is not None and self._is_dead(watch, entry, own):
                 _log.info("run %s is dead: its rows are free", Path(key).stem)
@@ -181,25 +200,17 @@ def _run_key(run_id: str) -> str:
     return f"runs/{run_id}.json"
 
 
-def _claim(run_id: str) -> bytes:
-    return json.dumps({"run_id": run_id}).encode()
-
-
-def _owner(claim: bytes) -> str | None:
-    """The run that a claim names; None if it is damaged, as after a power loss."""
+def _read(body: bytes | None) -> dict[str, str]:
+    """The texts of a claim or heartbeat; none if it is damaged, as after a power loss."""
     try:
-        owner = json.loads(claim)["run_id"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return owner if isinstance(owner, str) and owner else None
-
-
-def _home_in(beat: bytes | None) -> str | None:
-    try:
-        home = json.loads(beat or b"")["home"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return home if isinstance(home, str) else None
+        values = json.loads(body or b"")
+    except ValueError:
+        return {}
+    return (
+        {name: value for name, value in values.items() if value and isinstance(value, str)}
+        if isinstance(values, dict)
+        else {}
+    )
 
 
 def _home(pid: int) -> str | None:

@@ -1,4 +1,7 @@
-"""The command line: `t2vz plan`, `run`, `results`, `eval`. Light: what renders is imported when it renders."""
+"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `maintain`, `eval`.
+
+Light: what renders is imported when it renders.
+"""
 
 from __future__ import annotations
 
@@ -235,6 +238,36 @@ def sheet(out: str, file: Path, **options: Any) -> int:
 
     count = write_sheet(out, file, **options)
     click.echo(f"{_counted(count, 'row')} drawn in {file}")
+    return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("out", type=click.Path())
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@click.option(
+    "--older-than", "days", type=click.FloatRange(0), metavar="DAYS", help="Also results and videos of that age."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def maintain(out: str, dry_run: bool, days: float | None, as_json: bool) -> int:
+    """Tidy the output folder OUT: compact its table, remove what killed runs left and what no result names.
+
+    Safe while runs are under way. Results and their videos are removed only with --older-than.
+    """
+    import uuid
+    from datetime import timedelta
+
+    from t2vz.maintain import maintain as tidied
+
+    age = None if days is None else timedelta(days=days)
+    report = tidied(out, f"maintain-{uuid.uuid4()}", dry_run=dry_run, older_than=age)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"freed_bytes": report.freed_bytes}, ensure_ascii=False, indent=1))
+        return OK
+    if dry_run:
+        for item in report.items:
+            click.echo(f"{item.kind}  {item.key}  {item.size_bytes} bytes")
+    for line in report.lines():
+        click.echo(line)
     return OK
 
 

@@ -567,7 +567,7 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
     StorageTimeout if the result can't be kept, and KeyboardInterrupt when the run is stopping.
     """
     store = settings.store()
-    if not claims.take(settings.out, job.job_id, settings.run_id):
+    if not claims.take(settings.out, job.job_id, settings.run_id, job.row.id):
         emit(Event("row_finished", job.row.id, status="skipped", message="another run is at it"))
         now = datetime.now(UTC)
         common = _common_row(settings, job.job_id, job.row.id, job.row.number, now, now)

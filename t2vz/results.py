@@ -367,16 +367,67 @@ class ResultStore:
 
     def _compact(self) -> None:
         """Join small files once they are many. Replaced ones stay for a week: readers may be at them."""
+        if len(self._table().file_uris()) > _COMPACT_FILES:
+            try:
+                self.compact(tries=1)
+            except ResultsBusy as error:
+                _log.debug("%s; a later flush will compact", error)
+
+    def compact(self, tries: int = _MERGE_TRIES) -> None:
+        """Join the table's small files, and remove what was replaced over a week ago. Writers may be at work.
+
+        Raises ResultsBusy if they won every try.
+        """
         from deltalake.exceptions import CommitFailedError
 
-        table = self._table()
-        if len(table.file_uris()) <= _COMPACT_FILES:
-            return
-        try:
-            table.optimize.compact()
-            table.vacuum(dry_run=False)
-        except CommitFailedError:
-            _log.debug("%s: another writer was faster; a later flush will compact", self.out)
+        with translating_storage(self.out):
+            for attempt in range(tries):
+                if (table := self._table()) is None:
+                    return
+                try:
+                    table.optimize.compact()
+                    table.vacuum(dry_run=False, full=True)
+                    table.create_checkpoint()
+                    table.cleanup_metadata()
+                    return
+                except CommitFailedError:
+                    time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
+        raise ResultsBusy(f"{self.out}: other writers won {tries} times; try again later")
+
+    def is_empty(self) -> bool:
+        """True if there is neither a table nor a waiting record."""
+        with translating_storage(self.out):
+            return self._table() is None and not self._waiting()
+
+    def unused_files(self) -> list[str]:
+        """Keys of the table's files that `compact` would remove: replaced over a week ago, or never finished."""
+        with translating_storage(self.out):
+            table = self._table()
+            return [] if table is None else [f"results/{file}" for file in table.vacuum(dry_run=True, full=True)]
+
+    def table_files(self) -> int:
+        """How many data files the table has now."""
+        with translating_storage(self.out):
+            table = self._table()
+            return 0 if table is None else len(table.file_uris())
+
+    def forget(self, before: datetime) -> int:
+        """Remove the rows that finished before; how many. Their outputs are then named by no result.
+
+        Raises ResultsBusy if other writers won every try.
+        """
+        from deltalake.exceptions import CommitFailedError
+
+        with translating_storage(self.out):
+            for attempt in range(_MERGE_TRIES):
+                if (table := self._table()) is None:
+                    return 0
+                try:
+                    told = table.delete(f"finished_at < TIMESTAMP '{before.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%f}Z'")
+                    return int(told["num_deleted_rows"])
+                except CommitFailedError:
+                    time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
+        raise ResultsBusy(f"{self.out}: other writers won {_MERGE_TRIES} times; try again later")
 
 
 def _oks(batch: Any, but_of: str | None = None) -> Iterator[tuple[str, Finished]]:

@@ -166,7 +166,7 @@ def remove(place: Place, key: str) -> None:
 def remove_if(place: Place, key: str, old: bytes) -> bool:
     """Remove the object if it is `old`; False if it is another or gone.
 
-    On S3, which has no conditional removal here, another's put between the look and the removal is lost.
+    On S3, which has no conditional removal, what another puts between the look and the removal is lost.
     """
     with translating_storage(place):
         if not is_remote(place):

@@ -9,8 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ os.environ.update(PREFECT_HOME=str(_CACHE / "prefect"), DO_NOT_TRACK="1", PREFEC
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from s3 import S3  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,29 +103,6 @@ def tiny_controlnets(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder / "one", folder / "two"
 
 
-class S3:
-    """A real S3 server of the tests' own. bucket: a new one for each time it is asked."""
-
-    secret = "this-is-the-secret-key"
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def bucket(self) -> str:
-        name = f"bucket-{uuid.uuid4()}"
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/{name}", method="PUT", data=b"")):
-            return f"s3://{name}"
-
-    def fails(self, *, before: int = 0, after: int = 0) -> None:
-        with urllib.request.urlopen(f"{self.url}/t2vz-faults?before={before}&after={after}", data=b""):
-            pass
-
-    def requests(self) -> list[str]:
-        """What was asked since the last such question, as "METHOD /bucket/key"."""
-        with urllib.request.urlopen(f"{self.url}/t2vz-requests") as answer:
-            return answer.read().decode().splitlines()
-
-
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     command = [sys.executable, str(Path(__file__).with_name("s3_server.py"))]
@@ -140,6 +116,7 @@ def s3_server() -> Iterator[str]:
 def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
     """An S3 server that this test's processes use by their environment."""
     found = S3(s3_server)
+    found.fails()  # no more
     for name, value in {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "testing",

@@ -199,6 +199,8 @@ def _publish_locally(encoded: Encoded, final_path: Path) -> Encoded:
         try:
             if final_path.exists():
                 if checksum(final_path)[0] == encoded.sha256:
+                    for file in (final_path, *(final_path.iterdir() if final_path.is_dir() else ())):
+                        os.utime(file)  # or it may be swept as an old file that no result names
                     _remove(encoded.path)
                     warnings = (*warnings, "the same output was there already")
                 else:
