@@ -383,7 +383,7 @@ def test_kill_9_loses_and_doubles_nothing(tmp_path):
             process.kill()
             process.communicate()
     acknowledged = {line for line in log.read_text().split("\n") if line.startswith("j")}
-    assert len(acknowledged) > 50
+    assert len(acknowledged) > 20  # fewer if the machine is busy
     check(out, acknowledged, jobs)
     ResultStore(out).flush()
     check(out, acknowledged, jobs)

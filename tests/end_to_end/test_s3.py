@@ -145,7 +145,7 @@ def test_what_a_row_costs_in_requests(s3: S3, tmp_path: Path) -> None:
         manifest.write_text("id,prompt\n" + "".join(f"{count}-{n},a ball\n" for n in range(count)))
         s3.requests()
         with starting(manifest, out, rendered) as start:
-            ended(start(f"run-{count}"))
+            ended(start(f"run-{count}", 300))  # heartbeats come by time, not by rows
         return s3.requests()
 
     few, many = requests(20), requests(60)
