@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from t2vz.errors import DeviceLost, SourceCorrupt, StorageTimeout
 from t2vz.events import Event, listening
 from t2vz.render import Render
 from t2vz.results import ResultRow, ResultStore, read
-from t2vz.workers import ProcessWorker
+from t2vz.workers import Pool, ProcessWorker
 from t2vz_flows.render_manifest import RenderParameters, StageRetries, render_manifest
 
 Write = Callable[..., Path]
@@ -311,6 +312,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are done by stand-ins for the stages, in processes that know the tests' folder."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     monkeypatch.setattr("t2vz.workers.RENDER", "stub:render")
+    monkeypatch.setattr("t2vz_flows.render_manifest.Pool", partial(Pool, backoff_s=0.05))
 
 
 @pytest.mark.usefixtures("stub")
@@ -348,7 +350,7 @@ def test_what_a_worker_tells_arrives_at_the_task_runs_of_its_row(
     logs = logged(run_id, lambda found: {"generate good", "dies"} <= found.keys())
     assert any("good is in process" in line for line in logs["generate good"])
     assert "8 of 8 UNet evaluations, 100 %" in logs["generate good"]
-    assert 2 <= sum("UNet evaluations" in line for line in logs["generate good"]) <= 5  # not one a step
+    assert 1 <= sum("UNet evaluations" in line for line in logs["generate good"]) <= 5  # not one a step
     assert any("SIGKILL" in line and "trying again" in line for line in logs["dies"])
 
 
@@ -377,8 +379,9 @@ def test_shards_give_the_same_table_as_tasks(manifest: Write, flow_run: Any, tmp
     runs = task_runs(run_id, lambda found: names <= found.keys() and all(r.state.is_final() for r in found.values()))
     assert set(runs) == names
     assert all(run.state.is_completed() for run in runs.values())
-    said = [re.match(r"(\d+) ok(, (\d+) failed)?|(\d+) failed", run.state.message) for run in runs.values()]
-    assert sum(sum(map(int, re.findall(r"\d+", match[0]))) for match in said if match) == 23  # the bad row is no job
+    said = "; ".join(run.state.message for run in runs.values())
+    assert sum(map(int, re.findall(r"(\d+) ok", said))) == 21
+    assert sum(map(int, re.findall(r"(\d+) failed", said))) == 2  # what can't be planned is in no shard
     assert "3 failed" in artifacts(run_id)["render-manifest"].data
 
 
