@@ -25,6 +25,8 @@ from t2vz.workers import Place, Pool
 
 sys.path.insert(0, str(Path(__file__).parent))  # the workers find the stub there
 
+IN_FLIGHT = 3
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -35,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     costs = {name: getattr(options, name) for name in ("decode", "generate", "encode")}
     one, two = (measured(options.rows, workers, costs) for workers in (1, 2))
-    print(f"one worker: {one}\ntwo workers: {two}")
+    print(f"one worker: {one}\ntwo workers: {two}", flush=True)
     pinned = [measured(options.rows, workers, {**costs, "cores": True}) for workers in (1, 2)]
     print(f"with generation that computes: {pinned}")
     figures = {
@@ -74,16 +76,17 @@ def measured(rows: int, workers: int, costs: dict[str, float]) -> dict[str, floa
         with manifest.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", "prompt", "seed", "width", "height"])
-            # Twice as wide, and so done first: a row for each worker, which waits until there are two of them.
-            prompt = "pair a boat" if workers == 2 else "a boat"
-            writer.writerows([f"warm-{i}", prompt, i, 128, 64] for i in range(workers))
+            # Twice as wide, and so done first. Of two workers, each waits with one until the other has one, too: they
+            # are one more than the first can take.
+            prompt, warm_ups = ("pair a boat", IN_FLIGHT + 1) if workers == 2 else ("a boat", 1)
+            writer.writerows([f"warm-{i}", prompt, i, 128, 64] for i in range(warm_ups))
             writer.writerows([f"row-{i}", "a boat", i, 64, 64] for i in range(rows))
         settings = Settings(out, str(manifest), "run", device="cpu")
         places = (Place("cpu", threads=1),) * workers
         with opening(settings), listening(watch):  # noqa: SIM117
-            with Pool(settings, "processes", places, function="stub:render") as pool:
+            with Pool(settings, "processes", places, in_flight=IN_FLIGHT, function="stub:render") as pool:
                 outcomes = list(pool.run(list(plan(manifest, None))))
-    assert len(outcomes) == rows + workers
+    assert len(outcomes) == rows + warm_ups
     assert all(outcome.status == "ok" for outcome in outcomes)
     begin, end = max(warm), max(ended)
     device_s = sum(max(0.0, min(until, end) - max(since, begin)) for since, until in generated)
