@@ -2,8 +2,8 @@
 
 Results, events, retries, snapshots' absence, files and their checksums are as of real rows; the video is a tiny file.
 
-T2VZ_STUB in the environment, a JSON object of seconds: decode, generate, encode, model (loading it); cores (true:
-seconds of a core's work instead of sleep). A prompt may ask for trouble, in words:
+T2VZ_STUB in the environment, a JSON object of seconds: decode, generate, encode, model (loading it); computing (true:
+generation keeps a core busy instead of sleeping). A prompt may ask for trouble, in words:
 
 kill, kill-once      SIGKILL; only at the first attempt
 fault, fault-once    a device lost
@@ -65,7 +65,7 @@ class Stub(Render):
             _log.warning("%s is in process %d", self.job.row.id, os.getpid())
         steps = 10**6 if "long" in words or "hang" in words else STEPS
         for step in range(steps):
-            self._spend(self.costs.get("generate", 0.0) / STEPS or ("long" in words or "hang" in words) * 0.02)
+            self._generate_step(self.costs.get("generate", 0.0) / STEPS or ("long" in words or "hang" in words) * 0.02)
             if "hang" not in words:
                 self.settings.check_stopping()
             emit(Event("step", self.job.row.id, "generate", step + 1, steps))
@@ -104,7 +104,10 @@ class Stub(Render):
         self.encoded = publish(encoded, self.settings.out / "videos" / name)
 
     def _spend(self, seconds: float) -> None:
-        if not self.costs.get("cores"):
+        time.sleep(seconds)
+
+    def _generate_step(self, seconds: float) -> None:
+        if not self.costs.get("computing"):
             time.sleep(seconds)
             return
         until = time.thread_time() + seconds
