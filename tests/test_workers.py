@@ -159,8 +159,8 @@ def test_a_row_that_always_kills_its_worker_fails_alone(jobs, settings):
     assert (poison.status, poison.error_class, poison.attempts, poison.retryable) == ("failed", "WorkerDied", 3, True)
     assert "SIGKILL" in poison.error_message
     assert {row.status for row in rows.values()} == {"ok"}
-    # Those beside it lost the attempt of its first kill at most: then it was alone.
-    assert max(row.attempts for row in rows.values()) == 2
+    # The two beside it lost the attempt of its first kill at most: then it was alone.
+    assert 1 <= sum(row.attempts - 1 for row in rows.values()) <= 2
 
 
 def test_a_device_fault_replaces_the_worker(jobs, settings):
