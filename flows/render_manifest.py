@@ -1,39 +1,39 @@
-"""The flow `render-manifest`: every row of a manifest becomes a task run, every stage of it a task run inside.
+"""The flow `render-manifest`: every row of a manifest becomes a task run, or a part of one if they are very many.
 
-What a row takes to render is in `t2vz.render`; what is done, in the results table. Prefect decides here how
-many rows are under way and which stage is tried again, and shows it. Nothing goes through Prefect but names:
-neither frames nor results are stored there, and a history that it loses costs no result.
+What a row takes to render is in `t2vz.render`, who renders it in `t2vz.workers`, and what is done in the results
+table. Prefect starts and stops a run here, and shows it. Nothing goes through Prefect but names: neither frames nor
+results are stored there, and a history that it loses costs no result.
 """
 
 import logging
 import os
-import queue
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import chain, islice
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
 
-from prefect import flow, get_run_logger, runtime, task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.futures import PrefectFuture, wait
+from prefect import flow, runtime
 from prefect.states import Completed, Failed
-from prefect.tasks import Task, exponential_backoff
-from prefect.utilities.annotations import quote
 from pydantic import BaseModel, Field
 
-from t2vz import claims, events, metrics, storage
-from t2vz.errors import DeviceLost, T2VZError, UnexpectedError
+from t2vz import claims, events, metrics, storage, workers
+from t2vz.errors import T2VZError
+from t2vz.manifest import read
 from t2vz.plan import Done, Job, Unready, plan
-from t2vz.render import STAGES, Render, Settings, merge_results, opening, record_unready, render
+from t2vz.render import Retries, Settings, merge_results, opening, record_unready
+from t2vz.results import ResultRow
+from t2vz.workers import Feed, Outcome, Pool, placed
+from t2vz_flows.rows import RowTasks, ShardTasks
+from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish
 
 _FLUSH_ROWS = 100  # a merge into the table costs 1 s, whatever its size
 _FLUSH_S = 10.0
-_STOP_S = 5.0  # what an interrupted run gives its rows to end
-_LOOK_AHEAD = 100  # rows planned before the first is begun, so that progress knows the total of most runs
-_TOLD_ROWS = 100  # failed rows in the summary artifact; the table has them all
+_TASKS_END_S = 3.0  # what the tasks of an interrupted run's rows get to end
 
 
 class StageRetries(BaseModel):
@@ -57,9 +57,35 @@ class RenderParameters(BaseModel):
         default={}, title="Defaults", description="Column → value for the cells that the manifest leaves empty"
     )
     device: str = Field(default="auto", title="Device", description="auto, cpu, cuda:0, …")
-    in_flight: int = Field(
-        default=3, title="Rows in flight", description="Rows under way at once; bounds the clips in memory", ge=1, le=64
+    executor: Literal["auto", "threads", "processes"] = Field(
+        default="auto",
+        title="Executor",
+        description="Workers as processes or threads of the run's own; auto: processes on GPUs and for several",
     )
+    workers: int | None = Field(
+        default=None,
+        title="Workers",
+        description="Processes that hold models; empty: one for each GPU. On the CPU they share the cores",
+        ge=1,
+        le=256,
+    )
+    in_flight: int = Field(
+        default=3,
+        title="Rows in flight",
+        description="Rows under way at once in each worker; bounds the clips in memory",
+        ge=1,
+        le=64,
+    )
+    max_attempts: int = Field(
+        default=3, title="Attempts", description="At a row whose worker dies; then it has failed", ge=1, le=20
+    )
+    max_row_tasks: int = Field(
+        default=2000,
+        title="Rows with a task each",
+        description="More rows to render are shown as shards: Prefect takes some 0.1 s for a row with its stages",
+        ge=0,
+    )
+    shard_rows: int = Field(default=200, title="Rows in a shard", description="Rows of one task run then", ge=1)
     retries: StageRetries = Field(
         default=StageRetries(), title="Stage retries", description="Further tries of each stage"
     )
@@ -92,9 +118,15 @@ class RenderParameters(BaseModel):
     )
 
 
+def _run_name() -> str:
+    given = runtime.flow_run.parameters["parameters"]
+    manifest, out = (given[name] if isinstance(given, dict) else getattr(given, name) for name in ("manifest", "out"))
+    return f"{Path(manifest).name} → {Path(out).name}"
+
+
 @flow(
     name="render-manifest",
-    flow_run_name="{parameters.manifest}",
+    flow_run_name=_run_name,
     description="Render every row of a manifest that is not done yet.",
     persist_result=False,
 )
@@ -102,7 +134,8 @@ def render_manifest(parameters: RenderParameters) -> Any:
     """Render the rows of `parameters.manifest` that are not done; returns counts by status and the run's id.
 
     A row that fails is recorded and shown as a Failed task run; it stops no other. Raises ManifestError if
-    the manifest as a whole can't be used, OutputError if the output folder can't.
+    the manifest as a whole can't be used, OutputError if the output folder can't, WorkerDied if no worker can be kept
+    alive.
     """
     hide_tracebacks()
     settings = Settings(
@@ -113,135 +146,124 @@ def render_manifest(parameters: RenderParameters) -> Any:
         quality=parameters.quality,
         clip_model=parameters.clip_model,
         compiled=parameters.compiled,
+        retries=Retries(**parameters.retries.model_dump()),
     )
-    call = _stage_caller(parameters.retries)
-    finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
-    under_way: set[PrefectFuture[Any]] = set()
-    counts: Counter[str] = Counter()
-    failures: list[tuple[str, str, str]] = []
-    planned, unflushed, flushed_at = 0, 0, time.monotonic()
-    jobs: dict[str, Job] = {}  # under way, by row
-    elsewhere: list[Job] = []  # rows that another run was at
-    looking_again = False
-
-    def flush() -> None:
-        nonlocal unflushed, flushed_at
-        merge_results(settings)
-        unflushed, flushed_at = 0, time.monotonic()
-
-    def collect() -> None:
-        """Wait for a row to end and count it; merge the table when it is due."""
-        nonlocal unflushed
-        while True:
-            if unflushed >= _FLUSH_ROWS or (unflushed and time.monotonic() - flushed_at > _FLUSH_S):
-                flush()
-            try:
-                future = finished.get(timeout=_FLUSH_S)
-                break
-            except queue.Empty:
-                continue
-        under_way.discard(future)
-        row = _awaited(future)
-        if row["status"] == "skipped" and not looking_again:
-            elsewhere.append(jobs.pop(row["id"]))
-            return
-        jobs.pop(row["id"], None)
-        counts[row["status"]] += 1
-        unflushed += 1
-        if row["status"] == "failed" and len(failures) < _TOLD_ROWS:
-            failures.append((row["id"], row["stage"], row["message"]))
-
-    def submit(item: Job | Unready) -> None:
-        if len(under_way) == parameters.in_flight:
-            collect()
-        id = item.row.id if isinstance(item, Job) else item.id
-        if isinstance(item, Job):
-            jobs[id] = item
-        future = render_row.submit(id, quote(item), quote(settings), quote(call))
-        future.add_done_callback(finished.put)
-        under_way.add(future)
-
+    executor, places = placed(parameters.executor, parameters.device, parameters.workers)
+    pool = Pool(
+        settings,
+        executor,
+        places,
+        in_flight=parameters.in_flight,
+        attempts=parameters.max_attempts,
+        function=workers.RENDER,
+    )
+    counts = Counter(dict.fromkeys(("ok", "failed", "elsewhere", "skipped", "done"), 0))
+    failures: list[ResultRow] = []
+    finished: list[ResultRow] = []
+    shown: RowTasks | ShardTasks = ShardTasks(parameters.shard_rows)
     port, folder = parameters.metrics_port, parameters.metrics_folder
     with metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder), opening(settings):
         try:
-            items = plan(parameters.manifest, parameters.out, defaults=parameters.defaults, verify=parameters.verify)
-            ahead = list(islice(items, _LOOK_AHEAD))
-            if len(ahead) < _LOOK_AHEAD:
-                _tell_plan(ahead)
-            for item in chain(ahead, items):
-                if isinstance(item, Done):
-                    counts["done"] += 1
-                    continue
-                planned += 1
-                submit(item)
-            if len(ahead) == _LOOK_AHEAD:
-                events.emit(events.Event("planned", total=planned, done=counts["done"]))
-            while under_way:
-                collect()
-            if elsewhere:  # done by now, or free as the run that was at them is dead, or still under way there
-                claims.await_others(settings.out, settings.run_id, settings.stopping, settings.lease_s)
-                looking_again = True
-                for job in elsewhere:
-                    submit(job)
-                while under_way:
-                    collect()
+            with pool, _merging(settings) as merge:  # workers start while rows are planned
+                items = plan(
+                    parameters.manifest, parameters.out, defaults=parameters.defaults, verify=parameters.verify
+                )
+                ahead, whole = _ahead(items, parameters.max_row_tasks, counts)
+                progress = Progress()
+                if whole:
+                    shown, progress.total = RowTasks(), len(ahead) + counts["done"]
+                    events.emit(events.Event("planned", total=len(ahead), done=counts["done"]))
+                else:
+                    threading.Thread(target=progress.count, args=(read(parameters.manifest),), daemon=True).start()
+                for outcome in _rendered(pool, _to_do(chain(ahead, items), settings), settings, shown.begin):
+                    counts[outcome.status] += 1
+                    if isinstance(outcome.item, Unready):
+                        shown.unready(outcome.item)
+                    if outcome.row is not None and outcome.status != "skipped":
+                        merge()
+                        first, limit = (finished, PICTURES) if outcome.status == "ok" else (failures, TOLD_ROWS)
+                        first.extend([outcome.row][: limit - len(first)])
+                    progress.tell(counts)
+                if not whole:
+                    to_do = counts.total() - counts["done"]
+                    events.emit(events.Event("planned", total=to_do, done=counts["done"]))
         except BaseException:
-            settings.stopping.set()  # rows under way end before their next step, frame or stage
-            wait(list(under_way), timeout=_STOP_S)
+            shown.end(_TASKS_END_S)
             raise
-
-    message = _message(counts)
-    _publish(parameters, counts, failures)
-    summary = {**counts, "run_id": settings.run_id}
+        shown.end()
+    progress.tell(counts, now=True)
+    publish(parameters.manifest, parameters.out, counts, failures, finished)
+    summary = {status: number for status, number in counts.items() if number} | {"run_id": settings.run_id}
     if parameters.max_failed is not None and counts["failed"] > parameters.max_failed:
-        return Failed(message=f"{message}; at most {parameters.max_failed} may fail", data=summary)
-    return Completed(message=message, data=summary)
+        return Failed(message=f"{message(counts)}; at most {parameters.max_failed} may fail", data=summary)
+    return Completed(message=message(counts), data=summary)
 
 
-@task(name="row", task_run_name="{row}", cache_policy=NO_CACHE, persist_result=False, retries=0)
-def render_row(row: str, item: Any, settings: Any, call: Any) -> Any:
-    """One manifest row, whole. Ends Completed, or Failed with the row's plain message."""
-    done = record_unready(item, settings) if isinstance(item, Unready) else render(item, settings, call)
-    if done is None:  # another run was faster
-        return Completed(message="done by another run", data=_outcome(row, "elsewhere"))
-    outcome = _outcome(row, done.status, done.error_stage or "", done.error_message or "", done.error_class or "")
-    if done.status == "failed":
-        return Failed(message=f"{done.error_stage}: {done.error_message}", data=outcome)
-    return Completed(message=done.status, data=outcome)
+def _ahead(
+    items: Iterator[Job | Unready | Done], limit: int, counts: Counter[str]
+) -> tuple[list[Job | Unready | Done], bool]:
+    """At most `limit` + 1 planned rows that are to do, those done before being counted, and whether these are all."""
+    ahead: list[Job | Unready | Done] = []
+    for item in items:
+        if isinstance(item, Done):
+            counts["done"] += 1
+            continue
+        ahead.append(item)
+        if len(ahead) > limit:
+            return ahead, False
+    return ahead, True
 
 
-@task(name="stage", task_run_name="{stage} {row}", cache_policy=NO_CACHE, persist_result=False)
-def render_stage(row: str, stage: str, work: Any) -> None:
-    """One stage of a row."""
-    work.run(stage)
-
-
-def _stage_caller(retries: StageRetries) -> Callable[[Render, str], None]:
-    """What `render` calls for each stage: a Prefect task with the stage's own retry rule."""
-    stages = {
-        stage: render_stage.with_options(
-            name=stage,
-            retries=getattr(retries, stage),
-            retry_delay_seconds=exponential_backoff(backoff_factor=retries.backoff_s),
-            retry_jitter_factor=0.5,
-            retry_condition_fn=can_mend,
-        )
-        for stage in STAGES
-    }
-
-    def call(work: Render, stage: str) -> None:
-        work.settings.check_stopping()
-        stages[stage](work.job.row.id, stage, quote(work))
-
-    return call
-
-
-def can_mend(task: "Task[Any, Any]", run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's question before it tries again: is the error one that may be gone next time?
-
-    A lost device may, but not in the process that lost it.
+def _rendered(
+    pool: Pool, items: Iterable[Job | Outcome], settings: Settings, begin: Callable[[Job], Feed]
+) -> Iterator[Outcome]:
+    """What becomes of the rows. Those that another run is at are looked at again in the end: done by then, or free as
+    that run is dead, or still under way there.
     """
-    return isinstance(state.data, T2VZError) and state.data.retryable and not isinstance(state.data, DeviceLost)
+    elsewhere: list[Job] = []
+    for outcome in pool.run(items, begin):
+        if outcome.status == "skipped" and isinstance(outcome.item, Job):
+            elsewhere.append(outcome.item)
+        else:
+            yield outcome
+    if elsewhere:
+        claims.await_others(settings.out, settings.run_id, settings.stopping, settings.lease_s)
+        yield from pool.run(elsewhere, begin)
+
+
+def _to_do(items: Iterable[Job | Unready | Done], settings: Settings) -> Iterator[Job | Outcome]:
+    """The jobs, and of other rows what has become of them: those that can't be rendered are recorded here."""
+    for item in items:
+        if isinstance(item, Job):
+            yield item
+        elif isinstance(item, Done):
+            yield Outcome(item, "done")
+        else:
+            yield Outcome(item, "failed", record_unready(item, settings))
+
+
+@contextmanager
+def _merging(settings: Settings) -> Iterator[Callable[[], None]]:
+    """What to call for each result: they are merged into the table in batches, beside the rendering."""
+    waiting, merged_at = 0, time.monotonic()
+    merging: Future[None] | None = None
+
+    def merge() -> None:
+        nonlocal waiting, merged_at, merging
+        waiting += 1
+        if waiting < _FLUSH_ROWS and time.monotonic() - merged_at < _FLUSH_S:
+            return
+        if merging is not None:
+            if not merging.done():
+                return
+            merging.result()
+        waiting, merged_at = 0, time.monotonic()
+        merging = thread.submit(merge_results, settings)
+
+    with ThreadPoolExecutor(1, "merges results") as thread:
+        yield merge
+        if merging is not None:
+            merging.result()
 
 
 def hide_tracebacks() -> None:
@@ -255,53 +277,3 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     if error is None or isinstance(error, T2VZError):
         record.exc_info = None
     return True
-
-
-def _outcome(id: str, status: str, stage: str = "", message: str = "", error: str = "") -> dict[str, str]:
-    return {"id": id, "status": status, "stage": stage, "message": message, "error": error}
-
-
-def _awaited(future: "PrefectFuture[Any]") -> dict[str, str]:
-    """The outcome of an ended row. Raises what no other row could do without: its result could not be kept, or the
-    device is lost, and this process's hold on it with it."""
-    result = future.result(raise_on_failure=False)
-    if not isinstance(result, dict):
-        raise result if isinstance(result, T2VZError) else UnexpectedError(str(future.state.message or result))
-    if result["error"] == DeviceLost.__name__:
-        raise DeviceLost(f"{result['message']}; run again: finished rows are kept")
-    return result
-
-
-def _tell_plan(items: Iterable[Job | Unready | Done]) -> None:
-    done = sum(isinstance(item, Done) for item in items)
-    events.emit(events.Event("planned", total=sum(1 for _ in items) - done, done=done))
-
-
-def _message(counts: Counter[str]) -> str:
-    said = {
-        "ok": "rendered",
-        "failed": "failed",
-        "elsewhere": "done by another run",
-        "skipped": "left to another run that is at them",
-        "done": "done before",
-    }
-    return ", ".join(f"{counts[status]} {word}" for status, word in said.items() if counts[status]) or "no rows"
-
-
-def _publish(parameters: RenderParameters, counts: Counter[str], failures: list[tuple[str, str, str]]) -> None:
-    """The run's summary in Prefect's UI."""
-    lines = [f"**{_message(counts)}**", "", f"Manifest: `{parameters.manifest}`", ""]
-    lines += [f"Videos and results table: `{parameters.out}`"]
-    if failures:
-        lines += ["", "| failed row | stage | reason |", "| --- | --- | --- |"]
-        lines += ["| " + " | ".join(map(_cell, failure)) + " |" for failure in failures]
-    if counts["failed"] > len(failures):
-        lines += ["", f"… and {counts['failed'] - len(failures)} more in the table."]
-    try:
-        create_markdown_artifact("\n".join(lines), key="render-manifest", description="Summary of the run")
-    except Exception as error:  # a picture of the results, which are safe: no reason to fail
-        get_run_logger().warning("Prefect did not take the summary artifact: %s", error)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

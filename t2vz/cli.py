@@ -152,11 +152,23 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
 @_default_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
 @click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    help="Processes that hold models; one for each GPU unless given. On the CPU they share the cores.",
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["auto", "threads", "processes"]),
+    default="auto",
+    show_default=True,
+    help="Workers as processes, or as threads of this one; auto: processes on GPUs and for several workers.",
+)
+@click.option(
     "--in-flight",
     type=click.IntRange(1, 64),
     default=3,
     show_default=True,
-    help="Rows under way at once; bounds the clips in memory.",
+    help="Rows under way at once in each worker; bounds the clips in memory.",
 )
 @click.option("--max-failed", type=click.IntRange(0), help="More failed rows make the Prefect run Failed.")
 @click.option("--verify", is_flag=True, help="Check the checksums of finished videos, not only their sizes.")

@@ -14,12 +14,13 @@ from typing import Any, Literal
 @dataclass(frozen=True)
 class Event:
     """kind: `planned` once (total: rows to render, done: rows done before), then for each row `row_started`,
-    `stage` as each begins, `step` (done of total denoising steps), `warning` (message), and `row_finished`
-    with its status, if failed the message, and the `ResultRow` unless another run did it. `row_lost` (message):
-    the process that worked on the row died, and another goes on with it.
+    `stage` as each try of one begins and `stage_ended` with its status and, if failed, the message; `step` (done
+    of total denoising steps), `warning` (message), `row_lost` (message) when the process that worked on it died
+    and another goes on with it, and `row_finished` with its status, if failed the message, and the `ResultRow` unless
+    another run did it.
     """
 
-    kind: Literal["planned", "row_started", "stage", "step", "warning", "row_finished", "row_lost"]
+    kind: Literal["planned", "row_started", "stage", "stage_ended", "step", "warning", "row_lost", "row_finished"]
     id: str = ""
     stage: str = ""
     done: int = 0

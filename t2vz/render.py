@@ -6,15 +6,17 @@ import fcntl
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 
 from t2vz import claims, storage
 from t2vz.clip import Clip
-from t2vz.errors import OutputError, T2VZError, translate, translating
+from t2vz.errors import DeviceLost, OutputError, T2VZError, translate, translating
 from t2vz.events import Event, emit
 from t2vz.media import strip
 from t2vz.media.limits import Limits
@@ -53,8 +55,35 @@ DEVICE_STAGES = ("conditions", "generate")
 
 
 @dataclass(frozen=True)
+class Retries:
+    """How often each stage is tried again if its error can mend by itself, and after how long.
+
+    backoff_s: the first delay; doubled each time, and up to half as much again at random, so that rows which
+    failed together don't come back together.
+    """
+
+    decode: int = 2
+    conditions: int = 1
+    generate: int = 2
+    encode: int = 3
+    backoff_s: float = 2.0
+
+    def delays_s(self, stage: str) -> Iterator[float]:
+        """The delay before each further try of `stage`."""
+        for tried in range(getattr(self, stage)):
+            yield self.backoff_s * 2.0**tried * random.uniform(1, 1.5)
+
+
+def can_mend(error: T2VZError) -> bool:
+    """True if the same stage may succeed in this process a little later. A lost device may come back, too, but not
+    to the process that lost it.
+    """
+    return error.retryable and not isinstance(error, DeviceLost)
+
+
+@dataclass(frozen=True)
 class Settings:
-    """What the rows of a run share.
+    """What the rows of a run share. Can be sent to other processes; `stopping` is each process's own.
 
     out: the output folder, or s3://bucket/prefix. manifest: where the rows come from, for the results.
     device: "auto", "cpu", "cuda:0", …
@@ -76,7 +105,12 @@ class Settings:
     clip_model: str | None = None
     compiled: bool = False
     lease_s: float = claims.LEASE_S
+    retries: Retries = field(default_factory=Retries)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stopping"}
+        return partial(Settings, **values), ()
 
     def check_stopping(self) -> None:
         if self.stopping.is_set():
@@ -164,10 +198,14 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 class Render:
-    """One job under way. `run` does a stage; a stage that failed can be run again, its inputs are still there."""
+    """One job under way. `run` does a stage; a stage that failed can be run again, its inputs are still there.
 
-    def __init__(self, job: Job, settings: Settings) -> None:
+    lost: earlier attempts at the job in this run, whose process died.
+    """
+
+    def __init__(self, job: Job, settings: Settings, lost: int = 0) -> None:
         self.job = job
+        self.lost = lost
         self.spec: JobSpec = job.row.spec
         self.settings = settings
         self.started_at = datetime.now(UTC)
@@ -210,9 +248,14 @@ class Render:
         self.settings.check_stopping()
         start = time.monotonic()
         subject = self.spec.source or self.spec.condition_video or ""
-        with translating(stage, subject if stage in ("decode", "conditions") else ""):
-            self.workspace.mkdir(parents=True, exist_ok=True)
-            getattr(self, f"_{stage}")()
+        try:
+            with translating(stage, subject if stage in ("decode", "conditions") else ""):
+                self.workspace.mkdir(parents=True, exist_ok=True)
+                getattr(self, f"_{stage}")()
+        except T2VZError as error:
+            emit(Event("stage_ended", self.job.row.id, stage, status="failed", message=error.message))
+            raise
+        emit(Event("stage_ended", self.job.row.id, stage, status="ok"))
         self.seconds[stage] = time.monotonic() - start
         if stage == "generate":  # which loads the model first, and that is told apart
             self.seconds["generate"] -= self.seconds["model"]
@@ -499,7 +542,7 @@ class Render:
         finished = datetime.now(UTC)
         row = _common_row(self.settings, job.job_id, job.row.id, job.row.number, self.started_at, finished)
         row |= {
-            "attempts": max(self.attempts.values(), default=0),
+            "attempts": self.lost + max(self.attempts.values(), default=0),
             "warnings": tuple(self.warnings),
             "mode": spec.mode,
             "prompt": spec.prompt,
@@ -558,13 +601,15 @@ def lease(device: str) -> Iterator[None]:
         yield
 
 
-def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Render.run) -> ResultRow | None:
+def render(job: Job, settings: Settings, lost: int = 0, kind: type[Render] = Render) -> ResultRow | None:
     """Render one job and commit its result row: ok, or failed with stage and reason. Errors become rows.
 
-    call: runs a stage; a flow gives its own, which makes each stage a task with retries.
+    lost: earlier attempts whose process died; counted in the row. kind: does the stages; another class stands in
+    for them where what goes on around them is tested.
     Returns the row, or None if another run finished the job meanwhile. If another run is at it, the row is `skipped`,
-    and not committed: that run's will be the row's result. Raises ResultsError, OutputError or
-    StorageTimeout if the result can't be kept, and KeyboardInterrupt when the run is stopping.
+    and not committed: that run's will be the row's result. Raises DeviceLost, without a row, as another
+    process may render the job; ResultsError, OutputError or StorageTimeout if the result can't be kept; and
+    KeyboardInterrupt when the run is stopping.
     """
     store = settings.store()
     if not claims.take(settings.out, job.job_id, settings.run_id, job.row.id):
@@ -577,18 +622,20 @@ def render(job: Job, settings: Settings, call: Callable[[Render, str], Any] = Re
         _release(job, settings)
         emit(Event("row_finished", job.row.id, status="done"))
         return None
-    work = Render(job, settings)
+    work = kind(job, settings, lost)
     emit(Event("row_started", job.row.id, total=len(work.stages)))
     try:
         try:
             for stage in work.stages:
-                with lease(settings.device) if stage in DEVICE_STAGES else nullcontext():
-                    call(work, stage)
+                _run(work, stage)
             row = work.row()
         except Exception as error:
             settings.check_stopping()  # what fails then may have failed of that
-            row = work.row(translate(error, "unknown"))
-        kept = _commit(store, row)
+            ours = translate(error, "unknown")
+            if isinstance(ours, DeviceLost):
+                raise ours from error
+            row = work.row(ours)
+        kept = commit(store, row)
         if row.status == "ok":
             work.forget_snapshot()
     finally:
@@ -609,7 +656,36 @@ def _release(job: Job, settings: Settings) -> None:
         _log.warning("%s: its claim could not be given back: %s", job.row.id, error)
 
 
-def _commit(store: ResultStore, row: ResultRow) -> bool:
+def _run(work: Render, stage: str) -> None:
+    """Do a stage, and again while its error is one that may mend. Others use the device between the tries."""
+    delays_s = work.settings.retries.delays_s(stage)
+    while True:
+        try:
+            with lease(work.settings.device) if stage in DEVICE_STAGES else nullcontext():
+                work.run(stage)
+            return
+        except T2VZError as error:
+            delay_s = next(delays_s, None)
+            if delay_s is None or not can_mend(error):
+                raise
+            _log.warning("%s: %s: %s; tried again in %.1f s", work.job.row.id, stage, error.message, delay_s)
+            work.settings.stopping.wait(delay_s)
+
+
+def record_lost(job: Job, settings: Settings, error: T2VZError, attempts: int, started: datetime) -> ResultRow:
+    """Commit the failed row of a job whose process died or lost its device `attempts` times, the last time working
+    on it since `started`.
+    """
+    work = Render(job, settings, attempts)
+    work.started_at = started
+    row = work.row(error)
+    commit(settings.store(), row)
+    _release(job, settings)
+    emit(Event("row_finished", job.row.id, status="failed", message=error.message, row=row))
+    return row
+
+
+def commit(store: ResultStore, row: ResultRow) -> bool:
     """`store.commit`, tried again while the error is one that may mend: the work behind a row is worth waiting for."""
     for attempt in range(1, COMMIT_TRIES + 1):
         try:
@@ -628,7 +704,7 @@ def record_unready(unready: Unready, settings: Settings) -> ResultRow:
     if unready.spec is not None:
         row |= {"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model}
     result = ResultRow(**row, **_failure(unready.error), attempts=0)
-    _commit(settings.store(), result)
+    commit(settings.store(), result)
     emit(Event("row_finished", unready.id, status="failed", message=unready.error.message, row=result))
     return result
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from t2vz import storage
 from t2vz.errors import OutputError
+from t2vz.media.strip import FRAMES, thumbnail_size
 from t2vz.results import ResultRow, read
 from t2vz.storage import Place
 
@@ -67,6 +68,28 @@ def write_sheet(
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: can't be written ({getattr(error, 'strerror', None) or error})") from error
     return len(tiles)
+
+
+def moving_thumbnail(out: Place, row: ResultRow, fps: float = 4.0) -> bytes | None:
+    """The result in a finished row's strip as an animated WebP of at most 128 px in height, some 10 kB; None if there
+    is no strip.
+    """
+    from PIL import Image
+
+    strip = storage.get(out, strip_key(row.output_uri or ""))
+    if row.width is None or row.height is None or row.frames is None or strip is None:
+        return None
+    width, height = thumbnail_size(row.width, row.height)
+    with Image.open(io.BytesIO(strip)) as opened:
+        picture = opened.convert("RGB")
+    top = picture.height - height
+    lefts = [i * width for i in range(min(row.frames, FRAMES)) if (i + 1) * width <= picture.width]
+    if top < 0 or not lefts:
+        return None
+    first, *others = [picture.crop((left, top, left + width, picture.height)) for left in lefts]
+    into = io.BytesIO()
+    first.save(into, "webp", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=60)
+    return into.getvalue()
 
 
 def _tile(row: ResultRow, strip: Any, scale: float) -> Any:

@@ -35,16 +35,16 @@ def following(console: Console, quiet: bool = False) -> Iterator[None]:
 def quiet_logs(console: Console) -> Iterator[None]:
     """Log warnings and errors through `console`, so that they appear above the bars, and nothing else.
 
-    Prefect's errors about flow and task runs are left out: they say again what the row's line says. They
-    still go to its server. So are its workers' words while they send the last of that.
+    Prefect's logs of task runs and errors of flow runs are left out: they say again what the row's line or its own
+    log says. They still go to its server. So are its workers' words while they send the last of that.
     """
     from rich.logging import RichHandler
 
     handler = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     handler.addFilter(
         lambda record: (
-            record.name not in ("EventsWorker", "APILogWorker")
-            and (record.levelno < logging.ERROR or record.name not in ("prefect.flow_runs", "prefect.task_runs"))
+            record.name not in ("EventsWorker", "APILogWorker", "prefect.task_runs")
+            and (record.levelno < logging.ERROR or record.name != "prefect.flow_runs")
         )
     )
     root = logging.getLogger()
@@ -71,7 +71,7 @@ class _Lines:
             if event.kind == "planned":
                 self._total = event.total
                 self._say(f"{event.total} rows to render, {event.done} done before")
-            elif event.kind == "warning":
+            elif event.kind in ("warning", "row_lost"):
                 self._say(f"{event.id}: warning: {event.message}")
             elif event.kind == "row_finished":
                 self._rows[event.status] += 1
@@ -120,6 +120,10 @@ def _bars(console: Console) -> Iterator[Listener]:
             elif event.kind == "step" and row is not None:
                 progress.update(row, completed=event.done, total=event.total)
             elif event.kind == "warning":
+                progress.console.print(f"{escape(event.id)}: [yellow]warning[/]: {escape(event.message)}")
+            elif event.kind == "row_lost":
+                if row is not None:  # it will be started again
+                    progress.remove_task(rows.pop(event.id))
                 progress.console.print(f"{escape(event.id)}: [yellow]warning[/]: {escape(event.message)}")
             elif event.kind == "row_finished":
                 if row is not None:

@@ -30,6 +30,12 @@ def test_engine_against_diffusers():
     assert figures["memory_growth"] > 0
 
 
+def test_workers_with_few_rows():
+    figures = figures_of("workers.py", "--rows", "4", "--generate", "0.02", "--decode", "0.01", "--encode", "0.01")
+    assert 0 < figures["device_busy"] <= 1
+    assert figures["speedup_2_workers"] > 0
+
+
 def test_profile_finds_the_unets_work():
     figures = figures_of("engine.py", "--quick", "--profile")
     profile = figures["profile_tiny_s"]

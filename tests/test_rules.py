@@ -27,7 +27,10 @@ def test_the_layers_hold():
 
 @pytest.mark.parametrize(
     "module",
-    ["spec", "manifest", "plan", "results", "cli", "errors", "events", "clip", "render", "conditions", "models.table"],
+    [
+        *("spec", "manifest", "plan", "results", "cli", "errors", "events", "clip", "render", "window", "workers"),
+        *("conditions", "models.table"),
+    ],
 )
 def test_light_modules_import_nothing_heavy(module):
     code = f"import sys, t2vz.{module}; print([name for name in {HEAVY} if name in sys.modules])"

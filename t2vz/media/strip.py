@@ -24,6 +24,12 @@ def shown(count: int) -> tuple[int, ...]:
     return tuple(round(i * (count - 1) / max(1, min(count, FRAMES) - 1)) for i in range(min(count, FRAMES)))
 
 
+def thumbnail_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height of a frame of the given size in a strip, px."""
+    scale = min(1.0, HEIGHT_PX / height, _WIDTH_PX / width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
 def thumbnails(frames: Frames) -> Frames:
     """The frames that a strip shows of a whole clip, at most `HEIGHT_PX` high and `_WIDTH_PX` wide."""
     return np.stack([_small(frames[i]) for i in shown(len(frames))])
@@ -63,8 +69,7 @@ def _small(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     import cv2
 
     height, width = frame.shape[:2]
-    scale = min(HEIGHT_PX / height, _WIDTH_PX / width)
-    if scale >= 1:
+    size = thumbnail_size(width, height)
+    if size == (width, height):
         return np.ascontiguousarray(frame)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)

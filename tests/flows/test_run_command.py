@@ -17,7 +17,7 @@ from t2vz.results import ResultStore, read
 
 Write = Callable[..., Path]
 
-SLOW = {"id": "slow", "num_inference_steps": "900", "video_length": "64"}
+LONG = {"num_inference_steps": "40", "video_length": "8"}  # some seconds
 
 
 @pytest.fixture
@@ -71,28 +71,39 @@ def test_some_rows_fail_then_all_is_done(manifest: Write, tmp_path: Path, capsys
     assert capsys.readouterr().out == f"nothing to render: every row is done in {out}\n"
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", "2")])
 def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_else(
-    manifest: Write, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+    manifest: Write, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path, options: tuple[str, ...]
 ) -> None:
+    """A terminal's Ctrl-C reaches the workers, too; what they make of it is the run's to decide."""
     out = tmp_path / "out"
-    process = start(manifest({"id": "quick", "seed": "1"}, SLOW), "--out", out, "--in-flight", 1, "--device", "cpu")
+    path = manifest(*({"id": str(i), "seed": str(i), **LONG} for i in range(6)))
+    process = start(path, "--out", out, "--in-flight", 1, "--device", "cpu", *options)
 
     def second_row_runs() -> bool:
         done = ResultStore(out).done()
         return bool(done) and any(folder.name not in done for folder in out.glob(".work/*/*/"))
 
     awaiting(second_row_runs, process)
-    process.send_signal(signal.SIGINT)
+    workers = children(process.pid)
+    for pid in (*workers, process.pid):
+        os.kill(pid, signal.SIGINT)
     _, log = process.communicate(timeout=60)
 
     assert process.returncode == 130, log
     assert log.splitlines()[-1].startswith("interrupted")
     assert log.count("interrupted") == 1
     assert "Traceback" not in log
-    (row,) = read(out)
-    assert (row.id, row.status) == ("quick", "ok")
-    assert [path.name for path in (out / "videos").iterdir()] == [Path(row.output_uri or "").name]
-    assert [path for path in (out / ".work").iterdir() if path.name != "sweep.lock"] == []
+    rows = list(read(out))
+    assert 1 <= len(rows) < 6
+    assert {row.status for row in rows} == {"ok"}
+    assert {path.name for path in (out / "videos").iterdir()} == {Path(row.output_uri or "").name for row in rows}
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert [path for path in (out / ".work").iterdir() if path.name not in ("sweep.lock", "snapshots")] == []
     assert not any((out / "records").glob("*.json"))  # merged into the table before the end
 
 

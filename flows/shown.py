@@ -1,0 +1,117 @@
+"""A run in Prefect's UI: its progress, and in the end a summary, the failed rows and a contact sheet as artifacts.
+
+They are pictures of the results, which are safe: what Prefect does not take is logged and fails nothing.
+"""
+
+import base64
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from t2vz.results import ResultRow
+from t2vz.sheet import moving_thumbnail
+
+TOLD_ROWS = 100  # failed rows in the artifact; the results table has them all
+PICTURES = 24  # of some 10 kB
+_COLUMNS = 4
+_PROGRESS_S = 5.0
+
+
+class Progress:
+    """The run's progress, as a bar in the UI. To be used in the flow's thread."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None  # as long as it isn't known, there is nothing to show
+        self._artifact: UUID | None = None
+        self._told_at = 0.0
+
+    def count(self, rows: Iterable[object]) -> None:
+        """Let the total be as many as these. For a thread of its own: of a million rows it takes seconds."""
+        self.total = sum(1 for _ in rows)
+
+    def tell(self, counts: Counter[str], *, now: bool = False) -> None:
+        """Show the part of `total` rows that are over, at most every few seconds unless `now`."""
+        if not self.total or (not now and time.monotonic() - self._told_at < _PROGRESS_S):
+            return
+        self._told_at = time.monotonic()
+        percent, said = min(100.0, 100.0 * counts.total() / self.total), message(counts)
+        if self._artifact is None:
+            self._artifact = _taken(
+                lambda: create_progress_artifact(percent, key="render-progress", description=f"Rows: {said}")
+            )
+        else:
+            artifact = self._artifact
+            _taken(lambda: update_progress_artifact(artifact, percent, description=f"Rows: {said}"))
+
+
+def message(counts: Counter[str]) -> str:
+    """The counts by status in words."""
+    said = {
+        "ok": "rendered",
+        "failed": "failed",
+        "elsewhere": "done by another run",
+        "skipped": "left to another run that is at them",
+        "done": "done before",
+    }
+    return ", ".join(f"{counts[status]} {word}" for status, word in said.items() if counts[status]) or "no rows"
+
+
+def publish(
+    manifest: str, out: str, counts: Counter[str], failures: list[ResultRow], finished: list[ResultRow]
+) -> None:
+    """The run's artifacts. failures, finished: the first TOLD_ROWS and PICTURES of them."""
+    lines = [f"**{message(counts)}**", "", f"Manifest: `{manifest}`", "", f"Videos and results table: `{out}`"]
+    table = [
+        {"row": row.id, "stage": row.error_stage or "", "reason": row.error_message or "", "attempts": row.attempts}
+        for row in failures
+    ]
+    if failures:
+        lines += ["", "| failed row | stage | reason |", "| --- | --- | --- |"]
+        lines += [f"| {_cell(row.id)} | {row.error_stage} | {_cell(row.error_message or '')} |" for row in failures]
+    if counts["failed"] > len(failures):
+        lines += ["", f"… and {counts['failed'] - len(failures)} more in the table."]
+    _taken(lambda: create_markdown_artifact("\n".join(lines), key="render-manifest", description="Summary of the run"))
+    if failures:
+        description = f"{counts['failed']} rows that failed" + ("" if counts["failed"] == len(table) else ": the first")
+        _taken(lambda: create_table_artifact(table, key="failed-rows", description=description))
+    pictures = [(row, picture) for row in finished if (picture := _taken(partial(moving_thumbnail, out, row)))]
+    if pictures:
+        sheet = _sheet(pictures)
+        _taken(lambda: create_markdown_artifact(sheet, key="contact-sheet", description="Rows that were rendered"))
+
+
+def _sheet(pictures: list[tuple[ResultRow, bytes]]) -> str:
+    """A markdown table of moving pictures, each with its row's id and prompt."""
+    tiles = [
+        f"![{_cell(row.id)}](data:image/webp;base64,{base64.b64encode(picture).decode()})<br>"
+        f"**{_cell(row.id)}** ({row.mode})<br>{_cell((row.prompt or '')[:80])}"
+        for row, picture in pictures
+    ]
+    columns = min(_COLUMNS, len(tiles))
+    tiles += [" "] * (-len(tiles) % columns)
+    lines = ["| " + " | ".join([" "] * columns) + " |", "| " + " | ".join(["---"] * columns) + " |"]
+    lines += ["| " + " | ".join(tiles[at : at + columns]) + " |" for at in range(0, len(tiles), columns)]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _taken(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:
+        get_run_logger().warning("Prefect did not take an artifact: %s", error)
+        return None
