@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel, Field
 
 from t2vz import claims, events, metrics, storage, workers
-from t2vz.errors import T2VZError
+from t2vz.errors import T2VZError, UnexpectedError
 from t2vz.manifest import read
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import Retries, Settings, merge_results, opening, record_unready
@@ -106,6 +106,13 @@ class RenderParameters(BaseModel):
         title="Compile",
         description="torch.compile the UNet's blocks: minutes once, then faster on a GPU",
     )
+    split: int = Field(
+        default=1,
+        title="Split",
+        description="Processes that share the frames of each clip, one a device: for long clips; one row at a time",
+        ge=1,
+        le=64,
+    )
     metrics_port: int | None = Field(
         default=None,
         title="Metrics port",
@@ -146,9 +153,13 @@ def render_manifest(parameters: RenderParameters) -> Any:
         quality=parameters.quality,
         clip_model=parameters.clip_model,
         compiled=parameters.compiled,
+        split=parameters.split,
         retries=Retries(**parameters.retries.model_dump()),
     )
-    executor, places = placed(parameters.executor, parameters.device, parameters.workers)
+    if parameters.split > 1 and (parameters.executor in ("processes",) or (parameters.workers or 1) > 1):
+        raise UnexpectedError("split: the processes share each clip; leave executor and workers out", stage="settings")
+    asked = "threads" if parameters.split > 1 else parameters.executor
+    executor, places = placed(asked, parameters.device, parameters.workers)
     pool = Pool(
         settings,
         executor,
@@ -157,6 +168,11 @@ def render_manifest(parameters: RenderParameters) -> Any:
         attempts=parameters.max_attempts,
         function=workers.RENDER,
     )
+    sharing: AbstractContextManager[None] = nullcontext()
+    if parameters.split > 1:
+        from t2vz.modes.split import leading  # which imports torch
+
+        sharing = leading(parameters.split, parameters.device)
     counts = Counter(dict.fromkeys(("ok", "failed", "elsewhere", "skipped", "done"), 0))
     failures: list[ResultRow] = []
     finished: list[ResultRow] = []
@@ -164,7 +180,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
     port, folder = parameters.metrics_port, parameters.metrics_folder
     with metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder), opening(settings):
         try:
-            with pool, _merging(settings) as merge:  # workers start while rows are planned
+            with sharing, pool, _merging(settings) as merge:  # workers start while rows are planned
                 items = plan(
                     parameters.manifest, parameters.out, defaults=parameters.defaults, verify=parameters.verify
                 )

@@ -175,10 +175,15 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
 @click.option("--quality", is_flag=True, help="Measure the frames of every row: flicker, warp error, seams, drift.")
 @click.option("--clip-model", help="CLIP model (folder or hub id) that measures them, too; implies --quality.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the UNet: minutes once, then faster on a GPU.")
+@click.option(
+    "--split",
+    type=click.IntRange(1, 64),
+    help="Processes that share the frames of each clip, one a device; under `accelerate launch`, all that it starts.",
+)
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics there.")
 @click.option("--metrics-folder", type=click.Path(), help="Write them there, for node-exporter's textfile collector.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
-def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **options: Any) -> int:
+def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, quiet: bool, **options: Any) -> int:
     """Render the rows of MANIFEST that are not done yet.
 
     Uses the Prefect server that PREFECT_API_URL names, else one of its own for the length of the run.
@@ -189,6 +194,14 @@ def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **option
     from t2vz.plan import plan as planned
     from t2vz.quality import check_clip_model
 
+    launched = int(os.environ.get("WORLD_SIZE", "1"))  # processes, as torch's and accelerate's launchers tell it
+    if launched > 1 and os.environ.get("RANK", "0") != "0":
+        from t2vz.modes.split import main
+
+        main(options["device"])
+    if launched > 1 and split not in (None, launched):
+        raise click.UsageError(f"--split {split}, but {launched} processes were launched; leave it out")
+    split = split or launched
     # Before anything heavy starts: a model or manifest that can't be used, or nothing to do.
     if options["clip_model"] is not None:
         check_clip_model(options["clip_model"])
@@ -203,9 +216,13 @@ def run(manifest: str, out: str, defaults: dict[str, str], quiet: bool, **option
 
     console = Console(stderr=True)
     with _interruptible(console):
-        summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, **options)
+        summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, split=split, **options)
     _tell_run(out, summary, quiet)
-    return SOME_FAILED if summary.get("failed") else OK
+    code = SOME_FAILED if summary.get("failed") else OK
+    if split > 1:  # torch's threads may abort a process that shared clips at its very end
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 @cli.command(epilog=EPILOG)

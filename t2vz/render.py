@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ class Settings:
     quality: measure the frames of every row (`t2vz.quality`). clip_model: folder or hub id of a CLIP model that
     measures them, too.
     lease_s: after so long without a sign of life a run counts as dead, and its rows are other runs' to do.
+    split: processes that share the frames of each clip (`modes.split`); the run's own process leads them.
     compiled: have torch compile the UNet's blocks (`engine.speed`).
     stopping: once set, rows under way end at their next frame or step, without a result: the next run does them.
     """
@@ -104,6 +106,7 @@ class Settings:
     quality: bool = False
     clip_model: str | None = None
     compiled: bool = False
+    split: int = 1
     lease_s: float = claims.LEASE_S
     retries: Retries = field(default_factory=Retries)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
@@ -304,7 +307,7 @@ class Render:
         from t2vz.models.loading import load, native_px
         from t2vz.modes import Request, generate
 
-        spec, clip = self.spec, self.clip
+        spec, clip, split = self.spec, self.clip, self.settings.split
         device = self._device()
         began = time.monotonic()
         self.components = load(spec, device)
@@ -321,14 +324,15 @@ class Render:
             )
         else:
             width, height, frames = clip.width, clip.height, len(clip)
-        total = evaluations(spec, frames)
+        # Of a clip that is split, this process's part: an anchor is beside it.
+        total = evaluations(spec, frames if split == 1 else ceil(frames / split) + 1)
 
         def on_step(count: int) -> None:
             self.settings.check_stopping()
             self._steps_done = min(self._steps_done + count, total)  # a resumed text row does its anchor again
             emit(Event("step", self.job.row.id, "generate", self._steps_done, total))
 
-        start = self._saved_snapshot()
+        start = self._saved_snapshot() if split == 1 else None  # parts of a clip have no common state
         if start is not None:
             self._warn(f"resumed at denoising step {start.step + 1} of {spec.num_inference_steps}")
         self._steps_done = 0 if start is None else total - (spec.num_inference_steps - start.step) * frames
@@ -345,12 +349,19 @@ class Render:
             picture=self._picture(),
             scenes=self.scenes,
             masks=self._masks(width, height, frames),
-            segment=self._segment if spec.foreground_mask == "segmentation" else None,
+            segment=self._segment() if spec.foreground_mask == "segmentation" else None,
             on_step=on_step,
             start=start,
             on_snapshot=self._save_snapshot,
         )
-        self.generated = generate(self.components, self.request)
+        if split == 1:
+            self.generated = generate(self.components, self.request)
+        else:
+            from t2vz.modes.split import lead
+
+            self.generated = lead(
+                self.components, self.request, compiled=self.settings.compiled, workspace=self.workspace
+            )
         self._warn(*self.generated.warnings)
         self._thumbnails = [strip.thumbnails(frames) for frames in self._shown()]
         # The arrays of a long clip are big; from here on only its rate and sound are needed, and what is measured.
@@ -396,11 +407,11 @@ class Render:
         self._warn(*(warning.replace("condition video", "mask video") for warning in clip.warnings))
         return np.stack([picture.max(axis=-1) >= 128 for picture in clip.frames])
 
-    def _segment(self, frames: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def _segment(self) -> Callable[[NDArray[np.uint8]], NDArray[np.bool_]]:
         from t2vz.conditions.segmentation import foreground
 
         assert self.spec.segmentation_model is not None
-        return foreground(frames, self.spec.segmentation_model, device=self._device())
+        return partial(foreground, model=self.spec.segmentation_model, device=self._device())
 
     @property
     def _snapshot_path(self) -> Path:

@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from t2vz.errors import T2VZError, WorkerDied, translate
+from t2vz.errors import DeviceLost, T2VZError, translate
 from t2vz.models import loading
 from t2vz.models.loading import Components
 from t2vz.modes import Generated, Request, generate
@@ -118,14 +118,18 @@ def follow(device: str) -> None:
 @contextmanager
 def leading(processes: int, device: str) -> Iterator[None]:
     """While the block runs, `processes` of this machine work on each clip that is given to `lead`: this one and
-    followers, which are started here and die with it. Under `accelerate launch` they are there already."""
+    followers, which are started here and die with it. Under `accelerate launch` they are there already. Afterwards
+    this process should end by `os._exit` (see `generate_split`)."""
+    if processes == 1:
+        yield
+        return
     started: list[subprocess.Popen[bytes]] = []
     before = dict(os.environ)
     if launched() == 1:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-        group |= {"LOCAL_WORLD_SIZE": str(processes)} | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
+        group |= {"LOCAL_WORLD_SIZE": str(processes)}
         for rank in range(1, processes):
             started.append(
                 subprocess.Popen(
@@ -160,7 +164,11 @@ def launched() -> int:
 def _join(device: str) -> Any:
     from accelerate import PartialState
 
-    return PartialState(cpu=True) if device == "cpu" else PartialState()
+    # Not told so, accelerate takes one process for all there is where there is no GPU.
+    state = PartialState(cpu=True) if device == "cpu" or not torch.cuda.is_available() else PartialState()
+    if state.device.type == "cpu":  # they share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // state.num_processes))
+    return state
 
 
 @cache
@@ -190,11 +198,11 @@ def _from_all(mine: list[Any]) -> list[Any]:
 
 @contextmanager
 def _all_there() -> Iterator[None]:
-    """Raises WorkerDied if a process is gone."""
+    """Raises DeviceLost if a process is gone: none of the next clips could be made whole either."""
     try:
         yield
     except RuntimeError as error:
-        raise WorkerDied("a process that makes a part of each clip has ended; run again") from error
+        raise DeviceLost("a process that makes a part of each clip has ended") from error
 
 
 def _compile(components: Components) -> None:
@@ -237,15 +245,11 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def main() -> None:
+def main(device: str) -> NoReturn:
     """A follower's process."""
-    device = sys.argv[1]
-    state = _join(device)
-    if device == "cpu":  # they share the cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // state.num_processes))
-    follow(str(state.device))
+    follow(str(_join(device).device))
     os._exit(0)  # see `generate_split`
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
