@@ -51,6 +51,7 @@ def decode(
     condition_video: bool = False,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     workspace: Path | None = None,
+    probed: Probe | None = None,
 ) -> Clip:
     """The frames of [start_s, end_s) of a video, an animation or a folder of images.
 
@@ -61,12 +62,13 @@ def decode(
     condition_video: True for an already rendered condition: a warning tells if video_length cuts it.
     workspace: folder for the frames of clips above 256 MiB, which are a memory map then, of a file without a
         name that goes with the array. None: the system's temporary folder.
+    probed: the source's probe, where the caller has it already.
 
     Errors: those of `probe`; SourceEmpty (no frame in the range); SourceTooLarge (over `limits`);
     SourceCorrupt; SourceError (an aspect too extreme); OutputError (no room in `workspace`).
     """
     with reading(path):
-        source = probe(path, limits)
+        source = probed or probe(path, limits)
         if source.kind == "folder":
             source = _at_rate(source, fps)
         warnings = list(source.warnings)
@@ -144,6 +146,34 @@ def sized(source: Probe, width: int | None, height: int | None, longest_px: int 
         return output_size(source.width, source.height, width, height, longest_px)
     except SourceError as error:
         raise SourceError(f"{source.path}: {error.message}") from None
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames that a row has of its source: frame k is what the source shows at begin_s + k / rate_fps.
+
+    begin_s: in seconds of the source's presentation time.
+    """
+
+    begin_s: float
+    rate_fps: Fraction
+    frames: int
+
+
+def timeline(
+    source: Probe,
+    *,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    fps: Fraction | None = None,
+    video_length: int | None = None,
+) -> Timeline:
+    """What `decode` would deliver of an undamaged source with these arguments. Errors: SourceEmpty."""
+    if source.kind == "folder":
+        source = _at_rate(source, fps)
+    rate = fps or source.rate_fps
+    plan = _plan(source, start_s, end_s, rate, own_frames=fps is None, video_length=video_length)
+    return Timeline(plan.begin_s, rate, len(plan.indexes))
 
 
 @dataclass(frozen=True)
@@ -342,6 +372,8 @@ def _pyav(source: Probe, wanted: list[int], *, arrival_order: bool, seek: bool =
                 passed += 1
                 if in_order or passed > _REORDERED_FRAMES:
                     return
+    if seek and previous < 0:  # sought behind the last keyframe: MPEG-TS has no index
+        yield from _pyav(source, wanted, arrival_order=False, seek=False)
 
 
 def _rgb_converter(codec: str, rotation: int) -> Callable[[Any], NDArray[np.uint8]]:

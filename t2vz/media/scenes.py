@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,8 +12,8 @@ _THRESHOLD = 27.0  # PySceneDetect's default
 _SHORTEST_FRAMES = 2
 
 
-def scene_starts(frames: NDArray[np.uint8]) -> tuple[int, ...]:
-    """Numbers of the frames that begin a scene, 0 first. frames: uint8 (F, H, W, 3), RGB."""
+def scene_starts(frames: Iterable[NDArray[np.uint8]]) -> tuple[int, ...]:
+    """Numbers of the frames that begin a scene, 0 first. frames: each uint8 (H, W, 3), RGB; one is held at a time."""
     from scenedetect import ContentDetector, FrameTimecode
 
     detector = ContentDetector(threshold=_THRESHOLD, min_scene_len=_SHORTEST_FRAMES)
