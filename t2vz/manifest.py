@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from t2vz.errors import ManifestError, translating
+from t2vz.files import whole
 from t2vz.spec import COLUMN_MODES, MASK_SOURCES, MODEL_COLUMNS, SOURCE_COLUMNS, JobSpec
 
 _MODES = ("text", "control", "edit")
 # Without these cells it can't be told whether others fit.
 _OTHERS_DEPEND_ON = frozenset(("mode", "format", "codec", "num_inference_steps"))
+# In the Parquet schema's metadata of a shard: JSON {"manifest": absolute path, "numbers": [of the rows, there]}.
+_SHARD = b"t2vz.shard"
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -38,11 +42,13 @@ class Row:
 
     number: its place after the header, from 1; blank rows count, so it is a spreadsheet's row minus one.
     id: given, or made from the row's content; unique in the manifest. Also in `spec.id`.
+    cells: as the manifest has them, the empty ones left out; neither defaults nor the folder are in them.
     """
 
     number: int
     id: str
     spec: JobSpec
+    cells: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,8 @@ class BadRow:
 def read(path: str | Path, defaults: Mapping[str, str] | None = None) -> Iterator[Row | BadRow]:
     """The rows of a manifest in their order, read as they are asked for.
 
-    path: CSV (comma, semicolon or tab; UTF-8) or Parquet, told apart by content.
+    path: CSV (comma, semicolon or tab; UTF-8) or Parquet, told apart by content. A shard (`write_shard`) gives its
+    rows as the manifest that it is of would: with its numbers, ids and paths.
     defaults: column → cell, for the columns that a row leaves empty and its mode uses. Paths in them are
     relative to the manifest's folder, as those in the cells are.
 
@@ -117,6 +124,47 @@ def read(path: str | Path, defaults: Mapping[str, str] | None = None) -> Iterato
     return _rows(path, header, records, defaults)
 
 
+def origin(path: str | os.PathLike[str]) -> str:
+    """Absolute path of the manifest that the rows at `path` are of: of a shard the one it was cut from."""
+    shard = _shard_of(path)
+    return shard["manifest"] if shard else os.path.abspath(path)
+
+
+def write_shard(path: Path, manifest: str, rows: Sequence[Row]) -> None:
+    """Write some rows of a manifest as a manifest of their own, a Parquet file; whole or not at all.
+
+    The rows keep what they are there: number, id, cells and what their paths are relative to. So a job of the shard
+    is the same job, with the same seed. Raises OutputError.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [{**row.cells, "id": row.id} for row in rows]
+    names = sorted({name for row in cells for name in row})
+    about = json.dumps({"manifest": manifest, "numbers": [row.number for row in rows]})
+    schema = pa.schema([(name, pa.string()) for name in names], {_SHARD: about.encode("utf-8", "surrogateescape")})
+    with translating("manifest", str(path)), whole(path) as draft:
+        pq.write_table(pa.Table.from_pylist(cells, schema), draft)
+
+
+def _shard_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What a shard says of itself; None if the file is none, or can't be read, which `read` says better."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PAR1":
+                return None
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            metadata = pq.read_schema(path).metadata or {}
+        except pa.ArrowException:
+            return None
+    except (OSError, ValueError):
+        return None
+    return json.loads(metadata[_SHARD].decode("utf-8", "surrogateescape")) if _SHARD in metadata else None
+
+
 def _rows(
     path: Path, header: Sequence[str], records: Iterator[_Record], defaults: Mapping[str, str]
 ) -> Iterator[Row | BadRow]:
@@ -124,7 +172,7 @@ def _rows(
     filled = [(name, value) for name, value in defaults.items() if value]
     filling = {mode: {name: value for name, value in filled if mode in COLUMN_MODES[name]} for mode in _MODES}
     anywhere = {name: value for name, value in filling["text"].items() if len(COLUMN_MODES[name]) == len(_MODES)}
-    paths = _Paths(path.absolute().parent, {*header, *defaults})
+    paths = _Paths(Path(origin(path)).parent, {*header, *defaults})
     ids = _Ids()
     with translating("manifest", str(path)):
         for number, record in records:
@@ -155,7 +203,7 @@ def _rows(
             if problems:
                 yield _bad(number, id, problems, sorted(cells.items()))
             else:
-                yield Row(number, id, spec)
+                yield Row(number, id, spec, cells)
 
 
 def _is_padded(record: Sequence[str], width: int) -> bool:
@@ -335,9 +383,9 @@ def _open_parquet(path: Path) -> tuple[list[str], Iterator[_Record]]:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{path}: is not a readable Parquet file ({_first_line(error)})") from error
-    for field in file.schema_arrow:
-        if not _is_cell(field.type):
-            raise ManifestError(f"{path}: column {_shortened(field.name)} holds {field.type}; write it as text")
+    for column in file.schema_arrow:
+        if not _is_cell(column.type):
+            raise ManifestError(f"{path}: column {_shortened(column.name)} holds {column.type}; write it as text")
     names = [name.strip() for name in file.schema_arrow.names]
     return names, _parquet_records(path, file, names)
 
@@ -346,14 +394,16 @@ def _parquet_records(path: Path, file: Any, names: Sequence[str]) -> Iterator[_R
     import pyarrow as pa
 
     number = 0
+    shard = _shard_of(path)
+    numbers = shard["numbers"] if shard else range(1, file.metadata.num_rows + 1)
     try:
         for batch in file.iter_batches(batch_size=4096):
             columns = [_texts(column) for column in batch.columns]
             for number, cells in enumerate(zip(*columns, strict=True), number + 1):  # noqa: B020
                 if None in cells:
-                    yield number, f"has a list with an empty element in column {names[cells.index(None)]}"
+                    yield numbers[number - 1], f"has a list with an empty element in column {names[cells.index(None)]}"
                 else:
-                    yield number, cells
+                    yield numbers[number - 1], cells
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(
             f"{path}: row {number + 1} or one soon after can't be read ({_first_line(error)})"
