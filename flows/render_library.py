@@ -12,22 +12,15 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, Field
 
 from t2vz import library
 from t2vz.library import Joined, Library
 from t2vz.render import Settings, opening
+from t2vz_flows.options import RenderOptions, cell
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks, render_manifest
 
 _TOLD_SOURCES = 100  # in the summary artifact
-
-# All that the inner flow can be told, but for what this one decides.
-_OPTIONS: dict[str, Any] = {
-    name: (field.annotation, field)
-    for name, field in RenderParameters.model_fields.items()
-    if name not in ("manifest", "out", "defaults")
-}
-RenderOptions: Any = create_model("RenderOptions", **_OPTIONS)
 
 
 class CuttingParameters(BaseModel):
@@ -140,17 +133,12 @@ def _publish(parameters: LibraryParameters, found: Library, message: str, joined
     if told:
         lines += ["| long source | | |", "| --- | --- | --- |"]
         lines += [
-            f"| {_cell(one.id)} | {one.status} | {_cell(one.output_uri or one.reason)} |"
-            for one in told[:_TOLD_SOURCES]
+            f"| {cell(one.id)} | {one.status} | {cell(one.output_uri or one.reason)} |" for one in told[:_TOLD_SOURCES]
         ]
     if len(told) > _TOLD_SOURCES:
         lines += ["", f"… and {len(told) - _TOLD_SOURCES} more."]
-    lines += ["", *(f"- left out: {_cell(reason)}" for reason in found.left_out[:_TOLD_SOURCES])]
+    lines += ["", *(f"- left out: {cell(reason)}" for reason in found.left_out[:_TOLD_SOURCES])]
     try:
         create_markdown_artifact("\n".join(lines), key="render-library", description="Summary of the run")
     except Exception as error:  # a picture of the results, which are safe: no reason to fail
         get_run_logger().warning("Prefect did not take the summary artifact: %s", error)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -13,10 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,17 +23,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from t2vz.clip import AudioReference
-from t2vz.errors import EncodeError, ManifestError, OutputError, ResultsError, SourceError, T2VZError, translating
+from t2vz.errors import ManifestError, OutputError, SourceError, T2VZError, translating
 from t2vz.files import whole
 from t2vz.manifest import Problem, explained, meant
 from t2vz.media.limits import Limits
 from t2vz.plan import Done, Job, Unready, check_out, plan
 from t2vz.render import Settings, file_name
-from t2vz.results import ResultRow, Results, ResultStore
+from t2vz.results import Finished
 from t2vz.spec import COLUMN_MODES, MASK_SOURCES, MODEL_COLUMNS, SOURCE_COLUMNS, JobSpec
 
 if TYPE_CHECKING:
     from t2vz.media.decode import Timeline
+    from t2vz.media.encode import Encoded
     from t2vz.media.probe import Probe
 
 # What is taken for a video if the glob lets everything pass.
@@ -100,17 +100,18 @@ class Cut:
 class Library:
     """A scanned library: its manifest, how many sources and rows it has, the sources that were cut.
 
-    left_out: files that can't be rows, each with the reason.
+    style: a row of it, without source. left_out: files that can't be rows, each with the reason.
     """
 
     manifest: Path
+    style: JobSpec
     sources: int
     rows: int
     cuts: tuple[Cut, ...]
     left_out: tuple[str, ...] = ()
 
 
-def find(folder: str | Path, glob: str = "**/*", *, out: str | Path) -> Iterator[Source]:
+def find(folder: str | Path, glob: str = "**/*", *, out: str | Path) -> list[Source]:
     """The videos in a folder that match the glob, sorted by name. Hidden files and the output folder are left out.
 
     Raises SourceError if there is no such folder, ManifestError if the glob is none.
@@ -122,11 +123,13 @@ def find(folder: str | Path, glob: str = "**/*", *, out: str | Path) -> Iterator
         found = sorted(folder.glob(glob))
     except (ValueError, NotImplementedError) as error:
         raise ManifestError(f"glob {glob!r} can't be used ({error}); write one like **/*.mp4") from None
+    sources = []
     for path in found:
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if not hidden and path.suffix.lower() in SUFFIXES and inside not in path.parents and path.is_file():
-            yield Source(name.as_posix(), str(path))
+            sources.append(Source(name.as_posix(), str(path)))
+    return sources
 
 
 def scan(
@@ -189,7 +192,7 @@ def scan(
         rows += len(batch)
         writer.write_table(pa.Table.from_pylist(batch, schema))
     _write_json(memory, kept)
-    return Library(path, count, rows, tuple(cuts), tuple(left_out))
+    return Library(path, spec, count, rows, tuple(cuts), tuple(left_out))
 
 
 def check_style(style: Mapping[str, str]) -> JobSpec:
@@ -353,118 +356,111 @@ def joining(library: Library, settings: Settings) -> Iterator[tuple[str, Joined 
         for item in plan(library.manifest, settings.out)
         if (id := item.row.id if isinstance(item, Job) else item.id) in wanted
     }
-    rows = _results(settings.out, {item.job_id for item in state.values()})
+    store = settings.store()
+    done, failed = store.done(), store.failed()
     for cut in library.cuts:
-        parts = [_part(id, state.get(id), rows) for id in cut.ids]
-        yield cut.id, _kept(cut, parts, settings) or partial(_joined, cut, parts, settings)
+        parts = [_part(id, state.get(id), done, failed) for id in cut.ids]
+        if missing := [part for part in parts if isinstance(part, str)]:
+            yield cut.id, Joined(cut.id, "waiting", missing[0])
+            continue
+        join = _Join(cut, tuple(part for part in parts if not isinstance(part, str)), library.style, settings)
+        yield cut.id, join.kept() or join.run
 
 
-def _results(out: Path, jobs: set[str]) -> dict[str, ResultRow]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    try:
-        table = ResultStore(out).arrow()
-    except ResultsError:
-        return {}  # none yet
-    return {row.job_id: row for row in Results(table.filter(pc.is_in(table["job_id"], pa.array(jobs, pa.string()))))}
-
-
-def _part(id: str, item: Job | Unready | Done | None, rows: Mapping[str, ResultRow]) -> ResultRow | str:
-    """A part's ok row; else why there is none."""
-    row = None if item is None else rows.get(item.job_id)
-    if isinstance(item, Done) and row is not None:
-        return row
-    if row is not None and row.status == "failed":
-        return f"part {id} failed in {row.error_stage}: {row.error_message}"
+def _part(
+    id: str,
+    item: Job | Unready | Done | None,
+    done: Mapping[str, Finished],
+    failed: Mapping[str, tuple[str, str]],
+) -> Finished | str:
+    """A part's video; else why there is none."""
+    if isinstance(item, Done):
+        return done[item.job_id]
     if isinstance(item, Unready):
         return f"part {id} can't be rendered: {item.error.message}"
+    if item is not None and item.job_id in failed:
+        return "part {} failed in {}: {}".format(id, *failed[item.job_id])
     return f"part {id} is not rendered yet"
 
 
-def _kept(cut: Cut, parts: Sequence[ResultRow | str], settings: Settings) -> Joined | None:
-    """What needs no joining: a source that a part is missing of, or that was joined from the same before."""
-    if missing := [part for part in parts if isinstance(part, str)]:
-        return Joined(cut.id, "waiting", missing[0])
-    before = _read_json(_record(cut, settings))
-    if before.get("key") == _key(cut, parts) and _is_there(settings.out, before):
-        return Joined(cut.id, "kept", "", before["output_uri"], before["frames"], before["audio_kept"])
-    return None
+@dataclass(frozen=True)
+class _Join:
+    cut: Cut
+    parts: tuple[Finished, ...]
+    style: JobSpec
+    settings: Settings
 
+    def kept(self) -> Joined | None:
+        """What was joined from the same before; None if there is none."""
+        before = _read_json(self._record)
+        if before.get("key") != self._key or not _is_there(self.settings.out, before):
+            return None
+        return Joined(self.cut.id, "kept", "", before["output_uri"], before["frames"], before["audio_kept"])
 
-def _joined(cut: Cut, parts: Sequence[ResultRow | str], settings: Settings) -> Joined:
-    record = _record(cut, settings)
-    before = _read_json(record)
-    try:
-        made = _join(cut, [part for part in parts if isinstance(part, ResultRow)], settings)
-        _write_json(
-            record, {"key": _key(cut, parts), "id": cut.id, "manifest": settings.manifest, "source": cut.path, **made}
+    def run(self) -> Joined:
+        cut, before = self.cut, _read_json(self._record)
+        try:
+            made, warnings = self._joined()
+            record: dict[str, Any] = {
+                "key": self._key,
+                "id": cut.id,
+                "manifest": self.settings.manifest,
+                "source": cut.path,
+                "parts": [part.output_uri for part in self.parts],
+                "output_uri": made.path.relative_to(self.settings.out).as_posix(),
+                "sha256": made.sha256,
+                "size_bytes": made.size_bytes,
+                "frames": made.frames,
+                "fps": str(made.rate_fps),
+                "audio_kept": made.audio_kept,
+                "warnings": warnings,
+            }
+            _write_json(self._record, record)
+        except T2VZError as error:
+            return Joined(cut.id, "failed", error.message)
+        if "output_uri" in before and before["output_uri"] != record["output_uri"]:
+            _remove(self.settings.out / before["output_uri"])  # made of parts that are no more
+        return Joined(cut.id, "joined", "", record["output_uri"], made.frames, made.audio_kept, tuple(warnings))
+
+    @property
+    def _record(self) -> Path:
+        name = f"{file_name(self.cut.id)}-{_digest(self.settings.manifest, self.cut.id)[:8]}.json"
+        return self.settings.out / "joined" / name
+
+    @property
+    def _key(self) -> str:
+        """What the joined video is a function of: the parts' videos, and the sound of their source."""
+        from t2vz.media.fingerprint import fingerprint
+
+        checksums = [part.output_sha256 for part in self.parts]
+        return _digest(_RULES, *checksums, fingerprint(self.cut.path), *_cut_to_json(self.cut).values())
+
+    def _joined(self) -> tuple[Encoded, list[str]]:
+        from t2vz.media.encode import Encoding, publish
+        from t2vz.media.join import join
+        from t2vz.media.probe import probe
+
+        cut, settings = self.cut, self.settings
+        encoding = Encoding.of(self.style)
+        silent = not self.style.audio or encoding.format in ("gif", "png")
+        audio = None
+        if not silent and probe(cut.path, settings.limits).has_audio:
+            audio = AudioReference(cut.path, cut.begin_s, cut.begin_s + float(cut.frames / cut.rate_fps))
+        workspace = settings.workspace / f"join-{_digest(cut.id)[:12]}"
+        with translating("encode", str(workspace)):
+            workspace.mkdir(parents=True, exist_ok=True)
+        made = join(
+            [settings.out / part.output_uri for part in self.parts],
+            workspace / "joined",
+            frames=cut.lengths,
+            rate_fps=cut.rate_fps,
+            encoding=encoding,
+            audio=audio,
+            metadata={"id": cut.id, "parts": [part.output_uri for part in self.parts]},
         )
-    except T2VZError as error:
-        return Joined(cut.id, "failed", error.message)
-    if "output_uri" in before and before["output_uri"] != made["output_uri"]:
-        _remove(settings.out / before["output_uri"])  # made of parts that are no more
-    return Joined(cut.id, "joined", "", made["output_uri"], made["frames"], made["audio_kept"], tuple(made["warnings"]))
-
-
-def _record(cut: Cut, settings: Settings) -> Path:
-    return settings.out / "joined" / f"{file_name(cut.id)}-{_digest(settings.manifest, cut.id)[:8]}.json"
-
-
-def _key(cut: Cut, parts: Sequence[ResultRow | str]) -> str:
-    """What the joined video is a function of: the parts' videos, and the source's sound."""
-    rows = [part for part in parts if isinstance(part, ResultRow)]
-    videos = [f"{row.output_sha256} {row.source_fingerprint}" for row in rows]
-    return _digest(_RULES, *videos, *_cut_to_json(cut).values())
-
-
-def _join(cut: Cut, rows: Sequence[ResultRow], settings: Settings) -> dict[str, Any]:
-    from t2vz.media.encode import Encoding, publish
-    from t2vz.media.join import join
-    from t2vz.media.probe import probe
-
-    used = json.loads(rows[0].parameters or "{}")
-    spec = JobSpec.model_validate(
-        {"prompt": "-", **{name: used[name] for name in ("format", "codec", "crf", "preset", "pix_fmt")}}
-    )
-    frames = [row.frames or 0 for row in rows]
-    for row, planned in zip(rows[:-1], cut.lengths, strict=False):
-        if row.frames != planned:
-            raise EncodeError(
-                f"{cut.path}: part {row.id} has {row.frames} frames of {planned}, so what follows would not be in "
-                f"step with the sound; the source is damaged there"
-            )
-    encoding = Encoding.of(spec)
-    audio = None
-    if used["audio"] and encoding.format not in ("gif", "png") and probe(cut.path, settings.limits).has_audio:
-        audio = AudioReference(cut.path, cut.begin_s, cut.begin_s + float(sum(frames) / cut.rate_fps))
-    workspace = settings.workspace / f"join-{_digest(cut.id)[:12]}"
-    with translating("encode", str(workspace)):
-        workspace.mkdir(parents=True, exist_ok=True)
-    made = join(
-        [settings.out / (row.output_uri or "") for row in rows],
-        workspace / "joined",
-        frames=frames,
-        rate_fps=cut.rate_fps,
-        encoding=encoding,
-        audio=audio,
-        metadata={"id": cut.id, "parts": [row.job_id for row in rows]},
-    )
-    suffix = "" if encoding.format == "png" else f".{encoding.format}"
-    published = publish(made, settings.out / "joined" / f"{file_name(cut.id)}-{made.sha256[:12]}{suffix}")
-    warnings = list(published.warnings)
-    if sum(frames) != cut.frames:
-        warnings.append(f"{sum(frames)} frames of {cut.frames}: the source is damaged at its end")
-    return {
-        "output_uri": published.path.relative_to(settings.out).as_posix(),
-        "sha256": published.sha256,
-        "size_bytes": published.size_bytes,
-        "frames": published.frames,
-        "fps": str(published.rate_fps),
-        "audio_kept": published.audio_kept,
-        "parts": [row.output_uri for row in rows],
-        "warnings": warnings,
-    }
+        suffix = "" if encoding.format == "png" else f".{encoding.format}"
+        published = publish(made, settings.out / "joined" / f"{file_name(cut.id)}-{made.sha256[:12]}{suffix}")
+        return published, list(published.warnings)
 
 
 def _is_there(out: Path, record: Mapping[str, Any]) -> bool:

@@ -261,6 +261,29 @@ class ResultStore:
         """
         return _additions(self.out, version, run_id).look()
 
+    def failed(self) -> Mapping[str, tuple[str, str]]:
+        """Stage and message of all failed jobs by job_id, waiting ones included; what is ok since is not among them."""
+        import pyarrow.compute as pc
+
+        with _storage(self.out):
+            newest: dict[str, ResultRow] = {}
+            for row in self._records():
+                if row.job_id not in newest or replaces(row, newest[row.job_id]):
+                    newest[row.job_id] = row
+            found: dict[str, tuple[str, str]] = {}
+            if (table := self._table()) is not None:
+                columns = ["status", "job_id", "error_stage", "error_message"]
+                for batch in table.to_pyarrow_dataset().to_batches(columns=columns):
+                    rows = batch.filter(pc.equal(batch["status"], "failed")).to_pylist()
+                    found.update(
+                        (row["job_id"], (row["error_stage"] or "", row["error_message"] or "")) for row in rows
+                    )
+        for job, row in newest.items():
+            found.pop(job, None)
+            if row.status == "failed":
+                found[job] = row.error_stage or "", row.error_message or ""
+        return found
+
     def is_done(self, job_id: str) -> Finished | None:
         """The job's output if an ok record of it waits: a cheap look for what another run has just finished."""
         body = storage.get(self.out, _ok_key(job_id))

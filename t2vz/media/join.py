@@ -77,8 +77,15 @@ def _order(part: Path, frames: int, rate_fps: Fraction) -> _Order:
         coded = (context.name, context.width, context.height, context.pix_fmt, bytes(context.extradata or b""))
         numbers = tuple(_number(packet, rate_fps) for packet in container.demux(stream) if packet.size)
     if len(numbers) != frames:
-        raise EncodeError(f"{part}: has {len(numbers)} frames where {frames} are needed; remove it and run again")
+        raise _incomplete(part, len(numbers), frames)
     return _Order(coded, numbers)
+
+
+def _incomplete(part: Path, found: int, needed: int) -> EncodeError:
+    return EncodeError(
+        f"{part}: has {found} frames where {needed} are needed, so what follows would not be in step with the sound; "
+        f"it, or its source, is damaged"
+    )
 
 
 def _difference(orders: Sequence[_Order]) -> str:
@@ -167,7 +174,7 @@ def _encoded_anew(
                 seen += len(batch)
                 yield np.stack([cover(picture, width, height) for picture in batch])
             if seen != count:
-                raise EncodeError(f"{part}: has {seen} frames where {count} are needed; remove it and run again")
+                raise _incomplete(part, seen, count)
 
     made = encode(
         pictures(),
@@ -201,7 +208,9 @@ def _join_folders(
     for part, count in zip(parts, frames, strict=True):
         images = sorted(part.glob("*.png"))
         if len(images) != count:
-            raise EncodeError(f"{part}: has {len(images)} images where {count} are needed; remove it and run again")
+            raise EncodeError(
+                f"{part}: has {len(images)} images where {count} are needed; it, or its source, is damaged"
+            )
         for image in images:
             target = path / f"{number:06d}.png"
             shutil.copyfile(image, target)

@@ -106,6 +106,6 @@ def test_parts_that_differ_are_encoded_once_more_and_it_is_told(source: Path, tm
 def test_a_part_without_all_its_frames_is_refused_and_leaves_nothing(source: Path, tmp_path: Path, format: str) -> None:
     encoding = Encoding.of(JobSpec(prompt="-", format=format))
     parts = encoded_parts(source, tmp_path, encoding, (4, 5))
-    with pytest.raises(EncodeError, match=r"5 .* where 6 are needed"):
+    with pytest.raises(EncodeError, match="5 frames where 6 are needed"):
         join(parts, tmp_path / "joined", frames=(4, 6), rate_fps=RATE, encoding=encoding)
     assert not (tmp_path / "joined").exists()
