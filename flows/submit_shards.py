@@ -18,6 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, Field
 
@@ -168,13 +169,11 @@ class _Fleet:
                 flow_run_name=f"rows {shard.rows}",
                 tags=[self._tag, f"shard:{shard.name}"],
             )
-        except Exception as error:
-            if "not found" in str(error).lower():
-                raise UnexpectedError(
-                    f"there is no deployment {given.deployment!r}; deploy it (`prefect deploy --all`), or name another",
-                    stage="prefect",
-                ) from error
-            raise
+        except ObjectNotFound as error:
+            raise UnexpectedError(
+                f"there is no deployment {given.deployment!r}; deploy it (`prefect deploy --all`), or name another",
+                stage="prefect",
+            ) from error
         self._begun[shard.name] += 1
         self.under_way[run.id] = shard._replace(attempts=shard.attempts + 1)
 

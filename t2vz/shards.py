@@ -2,7 +2,7 @@
 
 OUT/manifests/shards/NAME/    NAME tells the manifest and its defaults; a Parquet file a shard, named by its jobs
 
-A shard's rows are the manifest's (`manifest.write_shard`): their jobs, seeds and results are what they would be without.
+A shard's rows are the manifest's (`manifest.write_shard`): jobs, seeds and results are what they would be without.
 """
 
 from __future__ import annotations

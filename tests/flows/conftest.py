@@ -1,7 +1,8 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fleet import Worker, server, using
 
 
 @pytest.fixture
@@ -12,3 +13,31 @@ def manifest(write_manifest: Callable[..., Path], tmp_path: Path) -> Callable[..
         return write_manifest(tmp_path / name, *rows)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def fleet_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server that has what `prefect_api`'s has not: schedules, automations, late runs."""
+    with server(tmp_path_factory.mktemp("prefect-server")) as api:
+        yield api
+
+
+@pytest.fixture
+def fleet_api(fleet_server: str) -> Iterator[str]:
+    """That server's URL; the test's flows and clients use it."""
+    with using(fleet_server):
+        yield fleet_server
+
+
+@pytest.fixture
+def worker(fleet_server: str, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Starts a worker of a pool."""
+    started: list[Worker] = []
+
+    def start(pool: str, name: str = "machine", **env: str) -> Worker:
+        started.append(Worker(fleet_server, pool, name, tmp_path / f"{name}.log", **env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
