@@ -27,6 +27,7 @@ from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin
 from t2vz.plan import Unready
 from t2vz.render import Settings, opening, record_unready
+from t2vz_flows.crashes import given_up
 from t2vz_flows.options import RenderOptions, cell
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks
 
@@ -80,6 +81,8 @@ def submit_shards(parameters: ShardParameters) -> Any:
     Raises ManifestError, OutputError, and UnexpectedError if there is no such deployment.
     """
     hide_tracebacks()
+    if (end := given_up()) is not None:
+        return end
     settings = Settings(
         out=Path(parameters.out).absolute(),
         manifest=origin(parameters.manifest),
@@ -165,7 +168,7 @@ class _Fleet:
                 given.deployment,
                 parameters={"parameters": inner.model_dump(mode="json")},
                 timeout=0,
-                idempotency_key=f"{shard.name}-{self._begun[shard.name]}",
+                idempotency_key=f"{self._tag} {shard.name} {self._begun[shard.name]}",
                 flow_run_name=f"rows {shard.rows}",
                 tags=[self._tag, f"shard:{shard.name}"],
             )

@@ -30,8 +30,9 @@ class Shard:
 
 
 def folder(manifest: str, out: str, defaults: Mapping[str, str]) -> Path:
-    """Where the shards of the manifest lie."""
-    return Path(out).absolute() / "manifests" / "shards" / _digest(origin(manifest), *sorted(defaults.items()))[:16]
+    """Where the shards of the manifest lie; its name is of this manifest, output folder and defaults only."""
+    place = Path(out).absolute() / "manifests" / "shards"
+    return place / _digest(origin(manifest), place, *sorted(defaults.items()))[:16]
 
 
 def split(

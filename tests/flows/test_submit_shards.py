@@ -179,6 +179,23 @@ def test_no_more_shards_are_under_way_than_allowed(manifest: Write, pool: str, t
     assert most == 2
 
 
+def test_two_submitters_of_the_same_come_to_the_same_runs(manifest: Write, pool: str, tmp_path: Path) -> None:
+    """And those of the same rows in another output folder do not."""
+    path, out = manifest({"id": "one"}), tmp_path / "out"
+    ends: list[Any] = []
+    for place in (out, out, tmp_path / "other"):
+        given = parameters(path, pool, out=str(place), poll_s=0.2)
+        in_background(lambda given=given: ends.append(submit_shards(given, return_state=True)))
+    await_(lambda: all((place / "manifests" / "shards").is_dir() for place in (out, tmp_path / "other")))
+    await_(lambda: len(runs_tagged("shards", out)) == len(runs_tagged("shards", tmp_path / "other")) == 1)
+    with get_client(sync_client=True) as client:
+        for run in [*runs_tagged("shards", out), *runs_tagged("shards", tmp_path / "other")]:
+            client.set_flow_run_state(run.id, Cancelled(), force=True)
+    await_(lambda: len(ends) == 3)
+    assert [counted(end) for end in ends] == [{"open": 1, "shards_cancelled": 1}] * 3
+    assert len(runs_tagged("shards", out)) == 1
+
+
 def test_a_deployment_that_is_not_there_is_told(manifest: Write, fleet_api: str) -> None:
     end = submit_shards(parameters(manifest({"id": "one"}), "nowhere"), return_state=True)
     assert end.is_failed()
