@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from t2vz import library
 from t2vz.library import Joined, Library
 from t2vz.render import Settings, opening
-from t2vz_flows.crashes import given_up
+from t2vz_flows.lifecycle import end_promptly, given_up
 from t2vz_flows.options import RenderOptions, cell
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks, render_manifest
 
@@ -74,6 +74,7 @@ def render_library(parameters: LibraryParameters) -> Any:
     SourceError (no such folder), ManifestError (a style that no row could have), OutputError.
     """
     hide_tracebacks()
+    end_promptly()
     if (end := given_up()) is not None:
         return end
     found = library.scan(

@@ -27,7 +27,7 @@ from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin
 from t2vz.plan import Unready
 from t2vz.render import Settings, opening, record_unready
-from t2vz_flows.crashes import given_up
+from t2vz_flows.lifecycle import end_promptly, given_up
 from t2vz_flows.options import RenderOptions, cell
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks
 
@@ -81,6 +81,7 @@ def submit_shards(parameters: ShardParameters) -> Any:
     Raises ManifestError, OutputError, and UnexpectedError if there is no such deployment.
     """
     hide_tracebacks()
+    end_promptly()
     if (end := given_up()) is not None:
         return end
     settings = Settings(

@@ -34,8 +34,8 @@ def worker(fleet_server: str, tmp_path: Path) -> Iterator[Callable[..., Worker]]
     """Starts a worker of a pool."""
     started: list[Worker] = []
 
-    def start(pool: str, name: str = "machine", **env: str) -> Worker:
-        started.append(Worker(fleet_server, pool, name, tmp_path / f"{name}.log", **env))
+    def start(pool: str, name: str = "machine", limit: int = 1, **env: str) -> Worker:
+        started.append(Worker(fleet_server, pool, name, tmp_path / f"{name}.log", limit, **env))
         return started[-1]
 
     yield start

@@ -114,12 +114,12 @@ def deploy(entrypoint: str, name: str, pool: str, **options: Any) -> Any:
 
 
 class Worker:
-    """A process worker of a pool, one run at a time, in a process group of its own: a machine."""
+    """A process worker of a pool, in a process group of its own: a machine."""
 
-    def __init__(self, api: str, pool: str, name: str, log: Path, **env: str) -> None:
+    def __init__(self, api: str, pool: str, name: str, log: Path, limit: int = 1, **env: str) -> None:
         self.name, self.log = name, log
         self._file = log.open("ab")
-        start = ["worker", "start", "--pool", pool, "--type", "process", "--name", name, "--limit", "1"]
+        start = ["worker", "start", "--pool", pool, "--type", "process", "--name", name, "--limit", str(limit)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "prefect", *start],
             env=environment(api, **env),
@@ -145,9 +145,6 @@ class Worker:
             todo += below
         return found
 
-    def flow_processes(self) -> list[int]:
-        return [pid for pid in self.descendants() if b"flow" in _command(pid)]
-
     def stop(self) -> None:
         """At once, with all that it started, as a machine that loses its power."""
         for pid in [*self.descendants(), self.process.pid]:
@@ -157,13 +154,6 @@ class Worker:
                 continue
         self.process.wait()
         self._file.close()
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def is_running(pid: int) -> bool:

@@ -1,0 +1,58 @@
+"""How a run that a worker started ends: promptly when it is cancelled, and for good when it crashes again and again."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.states import Failed
+
+MOST_CRASHES = 5
+_GRACE_S = 8.0  # a worker tells of a cancellation within some seconds, and all shall be over in 15
+_EXIT_CODE = 128 + signal.SIGTERM
+
+
+def end_promptly(grace_s: float = _GRACE_S) -> None:
+    """Bound what is left of this process once it gets SIGTERM, which is how a worker cancels a run.
+
+    Rows end at their next step, frame or stage. One that does not in time (a step of many large frames) would hold
+    the process until the worker kills it after 30 s: it ends itself then, which every part of a run is made to bear.
+    Does nothing but in a process of the run's own.
+    """
+    if "PREFECT__FLOW_RUN_ID" not in os.environ or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(grace_s, os._exit, (_EXIT_CODE,))
+        timer.daemon = True
+        timer.start()
+        if callable(before):
+            before(number, frame)  # Prefect's own, which unwinds the flow
+        else:
+            raise SystemExit(_EXIT_CODE)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def given_up(most: int = MOST_CRASHES) -> Any:
+    """A Failed state if this run has crashed so often without coming to another end meanwhile; else None.
+
+    An automation starts crashed runs again (infra/automations.yaml), and Prefect has no limit for that. A run that is
+    started again by hand has as many tries as before.
+    """
+    if runtime.flow_run.run_count <= 1:
+        return None
+    crashes = 0
+    with get_client(sync_client=True) as client:
+        for state in sorted(client.read_flow_run_states(runtime.flow_run.id), key=lambda state: state.timestamp):
+            if state.is_crashed():
+                crashes += 1
+            elif state.is_final():
+                crashes = 0
+    if crashes < most:
+        return None
+    return Failed(message=f"crashed {crashes} times: given up; see the logs of its tries, then start it again")
