@@ -10,24 +10,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+import yaml
 from fleet import ROOT, Worker, await_, await_state, deploy, environment, is_running, run_of
 from prefect import flow, runtime
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.events import emit_event
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.flows import load_flow_from_entrypoint
 from prefect.states import Cancelling, Crashed, Failed, Running
 
 from t2vz.results import read
 from t2vz_flows.lifecycle import given_up
+from t2vz_flows.render_library import LibraryParameters
+from t2vz_flows.submit_shards import ShardParameters
 
 Write = Callable[..., Path]
 STUB = "tests/flows/stub_stages.py:render_manifest"
@@ -86,7 +92,8 @@ def test_a_schedule_starts_runs_by_itself(
     assert begun(tmp_path / "out") == ["one"]  # the runs after the first found it done
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ENQUEUE", marks=pytest.mark.slow), "CANCEL_NEW"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ENQUEUE", "CANCEL_NEW"])
 def test_a_second_run_of_a_deployment_waits_or_is_let_go(
     manifest: Write, pool: str, worker: Callable[..., Worker], tmp_path: Path, strategy: str
 ) -> None:
@@ -174,14 +181,28 @@ def test_a_cancelled_submitter_cancels_its_shards(
     assert leftovers(out) == []
 
 
-@pytest.fixture(scope="module")
-def automations(fleet_server: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Those of infra/automations.yaml; the one of silent runs waits 10 s, Prefect's least, instead of 90."""
-    text = (ROOT / "infra" / "automations.yaml").read_text()
-    quick = tmp_path_factory.mktemp("automations") / "automations.yaml"
-    assert text.count("within: 90") == 1
-    quick.write_text(text.replace("within: 90", "within: 10"))
-    prefect("automation", "create", "--from-file", str(quick), api=fleet_server)
+@pytest.fixture
+def automation(fleet_api: str, tmp_path: Path) -> Iterator[Callable[[str, int], None]]:
+    """Makes the one of infra/automations.yaml that has a word in its name, with another time to wait."""
+
+    def make(word: str, within_s: int) -> None:
+        every = yaml.safe_load((ROOT / "infra" / "automations.yaml").read_text())["automations"]
+        (one,) = (one for one in every if word in one["name"].split())
+        assert one["trigger"]["within"] > within_s
+        one["trigger"]["within"] = within_s
+        path = tmp_path / "automation.yaml"
+        path.write_text(yaml.safe_dump(one))
+        prefect("automation", "create", "--from-file", str(path), api=fleet_api)
+
+    yield make
+    forget_automations()
+
+
+def forget_automations() -> None:
+    """They are about all runs of the server, also those of the tests that follow."""
+    with get_client(sync_client=True) as client:
+        for one in client.read_automations():
+            client.delete_automation(one.id)
 
 
 def prefect(*arguments: str, api: str) -> str:
@@ -198,11 +219,26 @@ def prefect(*arguments: str, api: str) -> str:
     return ran.stdout
 
 
-@pytest.mark.usefixtures("automations")
+def test_a_crashed_run_is_scheduled_again(pool: str, automation: Callable[[str, int], None]) -> None:
+    automation("again", 10)
+    runs = [start(deploy(STUB, f"{pool}-{tag}", pool, tags=[tag]), {}) for tag in ("retry-crashed", "other")]
+    for state in (Running(), Crashed()):
+        for run in runs:
+            set_state(run, state)
+    await_state(runs[0], "AwaitingRetry")
+    assert run_of(runs[1]).state.name == "Crashed"
+
+
+@pytest.mark.slow
 def test_a_crashed_run_is_started_again_and_goes_on(
-    manifest: Write, pool: str, worker: Callable[..., Worker], tmp_path: Path
+    manifest: Write,
+    pool: str,
+    worker: Callable[..., Worker],
+    automation: Callable[[str, int], None],
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
+    automation("again", 20)
     id = deploy(STUB, pool, pool, tags=["retry-crashed"])
     machine = worker(pool, STUB_STEP_S="0.2")
     run = start(id, given(manifest({"id": "a"}, {"id": "b"})))
@@ -210,6 +246,7 @@ def test_a_crashed_run_is_started_again_and_goes_on(
     for pid in machine.descendants():
         os.kill(pid, signal.SIGKILL)
     await_state(run, "Completed")
+    assert machine.process.poll() is None
     assert run_of(run).run_count == 2
     assert begun(out) == ["a", "b", "b"]
     with get_client(sync_client=True) as client:
@@ -218,8 +255,9 @@ def test_a_crashed_run_is_started_again_and_goes_on(
     assert "AwaitingRetry" in names
 
 
-@pytest.mark.usefixtures("automations")
-def test_a_silent_run_is_taken_for_crashed() -> None:
+def test_a_silent_run_is_taken_for_crashed(automation: Callable[[str, int], None]) -> None:
+    automation("silent", 10)  # Prefect's least
+
     @flow(name="of a machine that is gone")
     def gone() -> None:
         pass
@@ -269,6 +307,29 @@ def said(line: str, api: str) -> str:
     return prefect(*arguments, api=api)
 
 
+def test_the_deployments_are_accepted_and_lead_to_flows(fleet_api: str) -> None:
+    with get_client(sync_client=True) as client:
+        for name in ("t2vz-gpu", "t2vz-control"):
+            with suppress(ObjectAlreadyExists):
+                client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+        (line,) = (line for line in blocks("setup") if "deploy" in line)
+        said(line, fleet_api)
+        made = {f"{client.read_flow(one.flow_id).name}/{one.name}": one for one in client.read_deployments()}
+    for name, pool in (
+        ("render-manifest/manual", "t2vz-gpu"),
+        ("render-manifest/shard", "t2vz-gpu"),
+        ("render-library/watched", "t2vz-gpu"),
+        ("submit-shards/fleet", "t2vz-control"),
+    ):
+        assert made[name].work_pool_name == pool
+        assert not made[name].pull_steps
+        assert load_flow_from_entrypoint(str(made[name].entrypoint)).name == name.split("/")[0]
+    watched = made["render-library/watched"]
+    LibraryParameters.model_validate(watched.parameters["parameters"])
+    assert ShardParameters.model_fields["deployment"].default in made
+
+
+@pytest.mark.slow
 def test_the_documented_commands_do_what_they_say(
     manifest: Write, worker: Callable[..., Worker], fleet_api: str, tmp_path: Path
 ) -> None:
@@ -294,6 +355,8 @@ def test_the_documented_commands_do_what_they_say(
             if run.deployment_id in (made["render-library/watched"].id, made["submit-shards/fleet"].id):
                 client.delete_flow_run(run.id)
 
+        assert len(client.read_automations()) == 2
+
     # A worker as documented, and a real run of the first example, with the embedded model.
     (gpu, control) = blocks("worker")
     assert "prefect worker start --pool t2vz-gpu --limit 1" in gpu
@@ -307,3 +370,4 @@ def test_the_documented_commands_do_what_they_say(
     await_state(UUID(found[1]), "Completed")
     assert [(row.id, row.status) for row in read(out)] == [("one", "ok")]
     assert next((out / "videos").iterdir()).stat().st_size > 0
+    forget_automations()

@@ -63,6 +63,7 @@ def begun(out: Path) -> list[tuple[str, int]]:
     return [(line.split()[0], int(line.split()[1])) for line in lines]
 
 
+@pytest.mark.slow
 def test_two_workers_and_a_kill(manifest: Write, pool: str, worker: Callable[..., Worker], tmp_path: Path) -> None:
     path = manifest(*({"id": f"r{i}"} for i in range(6)), {"id": "bad", "crf": "99"})
     out = tmp_path / "out"
