@@ -400,3 +400,15 @@ def test_two_runs_at_once_on_one_folder(tmp_path):
     check(out, {f"j{n}" for n in range(jobs)}, jobs)
     assert len(ResultStore(out).done()) == jobs - jobs // 10
     assert not list((out / "records").glob("*.json"))
+
+
+@pytest.mark.parametrize("flushed", [True, False], ids=["in the table", "waiting"])
+def test_failed_jobs_are_those_that_are_not_ok_since(tmp_path, flushed):
+    store = ResultStore(tmp_path)
+    why = {"error_stage": "decode", "error_message": "no such file"}
+    for row in (a_row("stays", "failed", **why), a_row("mended", "failed", **why), a_row("good")):
+        store.commit(row)
+    if flushed:
+        store.flush()
+    store.commit(a_row("mended", start=5, end=6, run="r2"))
+    assert dict(store.failed()) == {"stays": ("decode", "no such file")}

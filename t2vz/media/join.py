@@ -208,9 +208,7 @@ def _join_folders(
     for part, count in zip(parts, frames, strict=True):
         images = sorted(part.glob("*.png"))
         if len(images) != count:
-            raise EncodeError(
-                f"{part}: has {len(images)} images where {count} are needed; it, or its source, is damaged"
-            )
+            raise _incomplete(part, len(images), count)
         for image in images:
             target = path / f"{number:06d}.png"
             shutil.copyfile(image, target)
