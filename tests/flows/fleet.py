@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -73,9 +75,17 @@ def server(home: Path) -> Iterator[str]:
 
 @contextmanager
 def using(api: str) -> Iterator[None]:
-    """This thread's flows and clients use the server."""
+    """This thread's flows and clients use the server; what sends their events and logs, too, for as long."""
+    _forget_senders()
     with temporary_settings({PREFECT_API_URL: api, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         yield
+        _forget_senders()
+
+
+def _forget_senders() -> None:
+    """They are one a process, and stay with the server that they began with."""
+    APILogWorker.drain_all(timeout=10)
+    EventsWorker.drain_all(timeout=10)
 
 
 def in_background(what: Callable[[], Any]) -> threading.Thread:
