@@ -4,7 +4,6 @@ What a library comes to is in `t2vz.library`, what a row takes in the flow `rend
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow, get_run_logger, runtime, task
@@ -14,7 +13,7 @@ from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 from pydantic import BaseModel, Field
 
-from t2vz import library
+from t2vz import library, storage
 from t2vz.library import Joined, Library
 from t2vz.render import Settings, opening
 from t2vz_flows.lifecycle import end_promptly, given_up
@@ -102,7 +101,7 @@ def render_library(parameters: LibraryParameters) -> Any:
 
 
 def _join_all(found: Library, out: str) -> list[Joined]:
-    settings = Settings(out=Path(out).absolute(), manifest=str(found.manifest), run_id=str(runtime.flow_run.id))
+    settings = Settings(out=storage.normal(out), manifest=str(found.manifest), run_id=str(runtime.flow_run.id))
     joined: list[Joined] = []
     with opening(settings):
         for id, what in library.joining(found, settings):

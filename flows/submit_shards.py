@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, Field
 
-from t2vz import shards
+from t2vz import shards, storage
 from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin
 from t2vz.plan import Unready
@@ -85,7 +85,7 @@ def submit_shards(parameters: ShardParameters) -> Any:
     if (end := given_up()) is not None:
         return end
     settings = Settings(
-        out=Path(parameters.out).absolute(),
+        out=storage.normal(parameters.out),
         manifest=origin(parameters.manifest),
         run_id=str(runtime.flow_run.id),
     )

@@ -30,6 +30,7 @@ from t2vz.media.limits import Limits
 from t2vz.plan import Done, Job, Unready, check_out, plan
 from t2vz.render import Settings, file_name
 from t2vz.results import Finished
+from t2vz.shards import local_out
 from t2vz.spec import COLUMN_MODES, MASK_SOURCES, MODEL_COLUMNS, SOURCE_COLUMNS, JobSpec
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def scan(
     spec = check_style(style)
     if name != file_name(name):
         raise ManifestError(f"the library's name {name!r} must be of letters, digits, '.', '_' and '-'")
+    local_out(out)
     check_out(out)
     folder = Path(out).absolute() / "manifests"
     path, memory = folder / f"{name}.parquet", folder / f"{name}.cuts.json"
@@ -393,7 +395,7 @@ class _Join:
     def kept(self) -> Joined | None:
         """What was joined from the same before; None if there is none."""
         before = _read_json(self._record)
-        if before.get("key") != self._key or not _is_there(self.settings.out, before):
+        if before.get("key") != self._key or not _is_there(Path(self.settings.out), before):
             return None
         return Joined(self.cut.id, "kept", "", before["output_uri"], before["frames"], before["audio_kept"])
 
@@ -407,7 +409,7 @@ class _Join:
                 "manifest": self.settings.manifest,
                 "source": cut.path,
                 "parts": [part.output_uri for part in self.parts],
-                "output_uri": made.path.relative_to(self.settings.out).as_posix(),
+                "output_uri": made.path.relative_to(Path(self.settings.out)).as_posix(),
                 "sha256": made.sha256,
                 "size_bytes": made.size_bytes,
                 "frames": made.frames,
@@ -419,13 +421,13 @@ class _Join:
         except T2VZError as error:
             return Joined(cut.id, "failed", error.message)
         if "output_uri" in before and before["output_uri"] != record["output_uri"]:
-            _remove(self.settings.out / before["output_uri"])  # made of parts that are no more
+            _remove(Path(self.settings.out) / before["output_uri"])  # made of parts that are no more
         return Joined(cut.id, "joined", "", record["output_uri"], made.frames, made.audio_kept, tuple(warnings))
 
     @property
     def _record(self) -> Path:
         name = f"{file_name(self.cut.id)}-{_digest(self.settings.manifest, self.cut.id)[:8]}.json"
-        return self.settings.out / "joined" / name
+        return Path(self.settings.out) / "joined" / name
 
     @property
     def _key(self) -> str:
@@ -450,7 +452,7 @@ class _Join:
         with translating("encode", str(workspace)):
             workspace.mkdir(parents=True, exist_ok=True)
         made = join(
-            [settings.out / part.output_uri for part in self.parts],
+            [Path(settings.out) / part.output_uri for part in self.parts],
             workspace / "joined",
             frames=cut.lengths,
             rate_fps=cut.rate_fps,
@@ -459,7 +461,7 @@ class _Join:
             metadata={"id": cut.id, "parts": [part.output_uri for part in self.parts]},
         )
         suffix = "" if encoding.format == "png" else f".{encoding.format}"
-        published = publish(made, settings.out / "joined" / f"{file_name(cut.id)}-{made.sha256[:12]}{suffix}")
+        published = publish(made, settings.out, f"joined/{file_name(cut.id)}-{made.sha256[:12]}{suffix}")
         return published, list(published.warnings)
 
 

@@ -265,7 +265,7 @@ class ResultStore:
         """Stage and message of all failed jobs by job_id, waiting ones included; what is ok since is not among them."""
         import pyarrow.compute as pc
 
-        with _storage(self.out):
+        with translating_storage(self.out):
             newest: dict[str, ResultRow] = {}
             for row in self._records():
                 if row.job_id not in newest or replaces(row, newest[row.job_id]):

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2vz import storage
+from t2vz.errors import OutputError
 from t2vz.manifest import BadRow, origin, read, write_shard
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.results import ResultStore
@@ -29,9 +31,16 @@ class Shard:
     last: int
 
 
+def local_out(out: str | Path) -> Path:
+    """The output folder, which manifests are written to, and read from as files. Raises OutputError if it is on S3."""
+    if storage.is_remote(out):
+        raise OutputError(f"{out}: libraries and shards need an output folder that all machines reach, so far")
+    return Path(out).absolute()
+
+
 def folder(manifest: str, out: str, defaults: Mapping[str, str]) -> Path:
     """Where the shards of the manifest lie; its name is of this manifest, output folder and defaults only."""
-    place = Path(out).absolute() / "manifests" / "shards"
+    place = local_out(out) / "manifests" / "shards"
     return place / _digest(origin(manifest), place, *sorted(defaults.items()))[:16]
 
 

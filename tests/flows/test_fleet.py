@@ -320,6 +320,7 @@ def test_the_deployments_are_accepted_and_lead_to_flows(fleet_api: str) -> None:
         ("render-manifest/shard", "t2vz-gpu"),
         ("render-library/watched", "t2vz-gpu"),
         ("submit-shards/fleet", "t2vz-control"),
+        ("maintain/weekly", "t2vz-control"),
     ):
         assert made[name].work_pool_name == pool
         assert not made[name].pull_steps
