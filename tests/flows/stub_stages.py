@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from fractions import Fraction
+from pathlib import Path
 
 from t2vz.media.encode import Encoded, checksum, publish
 from t2vz.render import Render
@@ -19,7 +20,7 @@ __all__ = ["render_manifest"]
 def _generate(self: Render) -> None:
     self.seconds["model"] = 0.0
     self.device = "cpu"
-    with (self.settings.out / "begun.txt").open("a") as begun:  # one write: runs at the same time may share it
+    with Path(self.settings.out, "begun.txt").open("a") as begun:  # one write: runs at the same time may share it
         begun.write(f"{self.job.row.id} {os.getpid()}\n")
     for _ in range(10):
         self.settings.check_stopping()
@@ -31,7 +32,8 @@ def _encode(self: Render) -> None:
     draft.write_text(f"{self.job.job_id} {self.job.seed}")
     sha256, size_bytes = checksum(draft)
     made = Encoded(draft, sha256, size_bytes, 0, 64, 64, 2, Fraction(4), "h264", False)
-    self.encoded = publish(made, self.settings.out / "videos" / f"{self.job.row.id}-{sha256[:12]}.mp4")
+    self.output_uri = f"videos/{self.job.row.id}-{sha256[:12]}.mp4"
+    self.encoded = publish(made, self.settings.out, self.output_uri)
 
 
 Render._generate = _generate  # type: ignore[method-assign]
