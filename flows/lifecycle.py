@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.states import Failed
 
 MOST_CRASHES = 5
-_GRACE_S = 8.0  # a worker tells of a cancellation within some seconds, and all shall be over in 15
+_GRACE_S = 10.0  # rows have 8 s of them; a worker tells of a cancellation within some, and all shall be over in 15
 _EXIT_CODE = 128 + signal.SIGTERM
 
 

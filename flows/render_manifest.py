@@ -6,7 +6,6 @@ results are stored there, and a history that it loses costs no result.
 """
 
 import logging
-import os
 import threading
 import time
 from collections import Counter
@@ -23,11 +22,12 @@ from pydantic import BaseModel, Field
 
 from t2vz import claims, events, metrics, storage, workers
 from t2vz.errors import T2VZError, UnexpectedError
-from t2vz.manifest import read
+from t2vz.manifest import origin, read
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import Retries, Settings, merge_results, opening, record_unready
 from t2vz.results import ResultRow
 from t2vz.workers import Feed, Outcome, Pool, placed
+from t2vz_flows.lifecycle import end_promptly, given_up
 from t2vz_flows.rows import RowTasks, ShardTasks
 from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish
 
@@ -145,9 +145,12 @@ def render_manifest(parameters: RenderParameters) -> Any:
     alive.
     """
     hide_tracebacks()
+    end_promptly()
+    if (end := given_up()) is not None:
+        return end
     settings = Settings(
         out=storage.normal(parameters.out),
-        manifest=os.path.abspath(parameters.manifest),
+        manifest=origin(parameters.manifest),
         run_id=str(runtime.flow_run.id),
         device=parameters.device,
         quality=parameters.quality,
