@@ -35,6 +35,12 @@ sys.path[:0] = [str(BESIDE), str(BESIDE.parent / "flows")]
 from fleet import server  # noqa: E402
 from postgres import postgres  # noqa: E402
 
+# The tests' server looks at its schedules every second; an ordinary one does not.
+PACE = {
+    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "60",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_LOOP_SECONDS": "20",
+    "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT5S",
+}
 # A run's own process, with the stub in the stages' place.
 RUN = """
 import json, sys
@@ -185,7 +191,8 @@ def main() -> None:
         with postgres(folder / "database") as (url, database):
             (folder / "home").mkdir()
             settings = settings_of(BESIDE.parents[1] / "infra" / "prefect.env")
-            with server(folder / "home", PREFECT_API_DATABASE_CONNECTION_URL=url, **settings) as (api, pid):
+            settings |= PACE | {"PREFECT_API_DATABASE_CONNECTION_URL": url}
+            with server(folder / "home", **settings) as (api, pid):
                 trees = {"server": Tree(pid), "database": Tree(database)}
                 say("a task a row")
                 small = write_manifest(folder / "tasks.csv", asked.task_rows)

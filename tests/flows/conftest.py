@@ -1,8 +1,10 @@
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from fleet import Worker, server, using
+from postgres import binaries, postgres
 
 
 @pytest.fixture
@@ -17,8 +19,14 @@ def manifest(write_manifest: Callable[..., Path], tmp_path: Path) -> Callable[..
 
 @pytest.fixture(scope="session")
 def fleet_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server that has what `prefect_api`'s has not: schedules, automations, late runs."""
-    with server(tmp_path_factory.mktemp("prefect-server")) as api:
+    """The URL of a server that has what `prefect_api`'s has not: schedules, automations, late runs; on PostgreSQL where
+    that is installed."""
+    with ExitStack() as open:
+        database = {}
+        if binaries() is not None:
+            url, _ = open.enter_context(postgres(tmp_path_factory.mktemp("postgres")))
+            database = {"PREFECT_API_DATABASE_CONNECTION_URL": url}
+        api, _ = open.enter_context(server(tmp_path_factory.mktemp("prefect-server"), **database))
         yield api
 
 

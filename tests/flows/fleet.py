@@ -52,14 +52,14 @@ def environment(api: str, **more: str) -> dict[str, str]:
 
 
 @contextmanager
-def server(home: Path) -> Iterator[str]:
-    """A server with a database of its own; the URL of its API."""
+def server(home: Path, **more: str) -> Iterator[tuple[str, int]]:
+    """A server, with a database of its own if `more` of its environment names none; the URL of its API, its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = (home / "server.log").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        env={**os.environ, **_SERVER, "PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": str(port)},
+        env={**os.environ, **_SERVER, "PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": str(port), **more},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -67,7 +67,7 @@ def server(home: Path) -> Iterator[str]:
     api = f"http://127.0.0.1:{port}/api"
     try:
         await_(lambda: _answers(api), 120, alive=process)
-        yield api
+        yield api, process.pid
     finally:
         kill_group(process)
         log.close()
