@@ -18,8 +18,6 @@ _FORMATS = (
     "aac,aiff,amr,apng,asf,avi,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,mp3,mpeg,mpegts,"
     "mpegvideo,mxf,nut,ogg,wav,yuv4mpegpipe"
 )
-_HD_HEIGHT_PX = 720
-_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 
 
 def open_source(path: str | Path) -> Any:
@@ -35,11 +33,17 @@ def open_source(path: str | Path) -> Any:
 def video_stream(container: Any, path: str | Path) -> Any:
     """The best video stream, cover pictures of music apart. Errors: SourceEmpty, SourceCorrupt."""
     stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+    if stream is not None and _is_cover(stream):  # may be the best by its flags
+        stream = next((other for other in container.streams.video if not _is_cover(other)), None)
+    if stream is None:
         raise SourceEmpty(f"{path}: no video stream in it{', only audio' if container.streams.audio else ''}")
     if stream.codec_context is None:
         raise SourceCorrupt(f"{path}: its video codec is unknown")
     return stream
+
+
+def _is_cover(stream: Any) -> bool:
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def origin_s(container: Any) -> float:
@@ -62,13 +66,3 @@ def decoded(container: Any, stream: Any) -> Iterator[Any]:
         except AV_ERRORS:
             continue
         yield from frames
-
-
-def is_untagged_hd(frame: Any, codec: str) -> bool:
-    """True if the frame names no colour matrix but has a size that means BT.709 (FFmpeg: BT.601)."""
-    return (
-        frame.colorspace == _UNSPECIFIED
-        and frame.height >= _HD_HEIGHT_PX
-        and not frame.format.is_rgb
-        and codec != "mjpeg"  # JPEG is BT.601 at any size
-    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceMissing, SourceTooLarge
-from t2vz.media.decode import cover, decode, output_size
+from t2vz.media.decode import contain, cover, decode, output_size
 from t2vz.media.encode import Encoding, encode
 from t2vz.media.limits import Limits
 from t2vz.media.probe import probe
@@ -160,6 +160,23 @@ def test_a_frame_is_scaled_to_cover_and_cropped_not_stretched(tmp_path):
         grey = clip.frames[0, :, :, 0].astype(float) / 255
         assert grey[size[1] // 2].sum() == pytest.approx(diameter, abs=1.5)
         assert grey[:, size[0] // 2].sum() == pytest.approx(min(diameter, size[1]), abs=1.5)
+
+
+def test_padding_keeps_the_whole_picture_in_its_aspect(tmp_path):
+    y, x = np.mgrid[:200, :400]
+    disc = np.where((x - 200) ** 2 + (y - 100) ** 2 < 60**2, 255, 60).astype(np.uint8)
+    frames = np.repeat(disc[None, :, :, None], 3, axis=3).repeat(2, axis=0)
+    encode([frames], tmp_path / "d.mkv", width=400, height=200, rate_fps=Fraction(4), encoding=LOSSLESS)
+    for width, height, across, bars in ((128, 128, 38.4, (0, 32)), (256, 64, 38.4, (64, 0)), (512, 256, 153.6, (0, 0))):
+        picture = decode(tmp_path / "d.mkv", width=width, height=height, fit="pad").frames[0, :, :, 0]
+        assert picture.shape == (height, width)
+        inside = picture[bars[1] : height - bars[1], bars[0] : width - bars[0]]
+        assert inside.min() > 0, "all of it is the picture"
+        assert picture.sum(dtype=int) == inside.sum(dtype=int), "the bars are black"
+        disc_of = (picture.astype(float) - 60) / 195
+        assert disc_of[height // 2].clip(0).sum() == pytest.approx(across, abs=1.5)
+        assert disc_of[:, width // 2].clip(0).sum() == pytest.approx(across, abs=1.5)
+    assert contain(np.full((10, 1000, 3), 9, np.uint8), 64, 64).any(), "a line at least of the most extreme"
 
 
 def test_sample_aspect_is_applied(clip_path, ffmpeg_frames):

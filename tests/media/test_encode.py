@@ -66,13 +66,11 @@ def test_equal_frames_give_equal_bytes(frames, tmp_path, format, codec):
     assert other.sha256 != first.sha256
 
 
-@pytest.mark.parametrize(
-    ("format", "codec", "least_db"), [("mp4", "h264", 40), ("mp4", "hevc", 40), ("webm", "vp9", 38.5)]
-)
-def test_colours_survive(frames, tmp_path, ffmpeg_frames, format, codec, least_db):
+@pytest.mark.parametrize(("format", "codec"), [("mp4", "h264"), ("mp4", "hevc"), ("webm", "vp9")])
+def test_colours_survive(frames, tmp_path, ffmpeg_frames, format, codec):
     written(frames, tmp_path / "v", encoding(format, codec))
     seen = ffmpeg_frames(tmp_path / "v", WIDTH, HEIGHT)
-    assert psnr_db(frames, seen) >= least_db
+    assert psnr_db(frames, seen) >= 40
     with av.open(str(tmp_path / "v")) as container:
         context = container.streams.video[0].codec_context
         assert (context.color_range, context.colorspace) == (1, 1)  # limited, BT.709
@@ -288,11 +286,11 @@ def test_publish_keeps_the_same_and_replaces_what_is_damaged(frames, tmp_path, f
 
 
 def test_defaults_are_those_the_columns_promise():
-    assert encoding("mp4") == Encoding("mp4", "h264", 18, "medium", "yuv420p")
+    assert encoding("mp4") == Encoding("mp4", "h264", 17, "medium", "yuv420p")
     assert encoding("mp4", "hevc", crf=30, preset="fast", pix_fmt="yuv444p") == Encoding(
         "mp4", "hevc", 30, "fast", "yuv444p"
     )
-    assert encoding("webm") == Encoding("webm", "vp9", 24, None, "yuv420p")
+    assert encoding("webm") == Encoding("webm", "vp9", 14, None, "yuv420p")
     assert encoding("mkv").codec == "ffv1"
 
 
