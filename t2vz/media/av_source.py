@@ -33,17 +33,11 @@ def open_source(path: str | Path) -> Any:
 def video_stream(container: Any, path: str | Path) -> Any:
     """The best video stream, cover pictures of music apart. Errors: SourceEmpty, SourceCorrupt."""
     stream = container.streams.best("video")
-    if stream is not None and _is_cover(stream):  # may be the best by its flags
-        stream = next((other for other in container.streams.video if not _is_cover(other)), None)
-    if stream is None:
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
         raise SourceEmpty(f"{path}: no video stream in it{', only audio' if container.streams.audio else ''}")
     if stream.codec_context is None:
         raise SourceCorrupt(f"{path}: its video codec is unknown")
     return stream
-
-
-def _is_cover(stream: Any) -> bool:
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def origin_s(container: Any) -> float:

@@ -173,8 +173,8 @@ def _plan(
 ) -> _Plan:
     warnings: list[str] = []
     times_s, source_end_s = source.timestamps_s, source.end_s
-    # A rounded timestamp must not pass for a late one.
-    tolerance_s = min(source.tick_s + 1e-6, 0.25 / float(rate), 0.25 / float(source.rate_fps))
+    # A timestamp that was rounded up, by half a tick at most, must not pass for a late one.
+    tolerance_s = min(source.tick_s / 2 + 1e-6, 0.25 / float(rate), 0.25 / float(source.rate_fps))
     grid_s = times_s[0] + np.arange(len(times_s)) / float(source.rate_fps)
     rounded = np.abs(times_s - grid_s).max() <= 2 * source.tick_s
     if rounded or (own_frames and source.constant_rate):

@@ -35,6 +35,7 @@ class Probe:
     width, height: in pixels as displayed, rotation and sample aspect applied.
     rotation: degrees counter-clockwise by which stored frames are turned for display: 0, 90, 180 or 270.
     mirrored: True if they are mirrored left to right before.
+    interlaced: True if the first frame is two fields; decoding deinterlaces.
     rate_fps: average rate.
     frames: expected count.
     first_pts_s: when the first frame is shown; duration_s: from there to the end of the last frame.
@@ -57,6 +58,7 @@ class Probe:
     height: int
     rotation: int
     mirrored: bool
+    interlaced: bool
     rate_fps: Fraction
     frames: int
     first_pts_s: float
@@ -146,6 +148,7 @@ def _probe_of_images(
         height=size[1],
         rotation=0,
         mirrored=False,
+        interlaced=False,
         rate_fps=rate,
         frames=len(durations_s),
         first_pts_s=0.0,
@@ -185,7 +188,8 @@ def _probe_av(path: Path, limits: Limits) -> Probe:
         if turn is None:
             warnings.append("its rotation by an angle that is no multiple of 90 degrees is not applied")
         rotation, mirrored = turn or (0, False)
-        if first.interlaced_frame:
+        interlaced = bool(first.interlaced_frame)
+        if interlaced:
             warnings.append("interlaced: deinterlaced (bwdif), one frame for each")
         width, height = first.width, first.height
         aspect = Fraction(stream.sample_aspect_ratio or 1)
@@ -203,6 +207,7 @@ def _probe_av(path: Path, limits: Limits) -> Probe:
             height=height,
             rotation=rotation,
             mirrored=mirrored,
+            interlaced=interlaced,
             rate_fps=rate,
             frames=len(times_s),
             first_pts_s=float(times_s[0]),
