@@ -25,7 +25,9 @@ _SEEK_MARGIN_S = 1.0
 
 
 class Soundtrack:
-    """Packets of the range, of the default track or else the first, written as the video goes on, so that neither waits in memory for the other.
+    """Packets of the range, written as the video goes on, so that neither waits in memory for the other.
+
+    Of several tracks it takes the default one, else the first.
 
     written: True once sound is in the output.
     """

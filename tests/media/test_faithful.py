@@ -5,7 +5,9 @@ The sources are made by ffmpeg, whose own decode is the oracle: bit for bit, unl
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from fractions import Fraction
 from pathlib import Path
 
@@ -424,3 +426,23 @@ def test_an_edit_that_changes_nothing_keeps_40_db(name, columns, real_clips, ffm
     encode([clip.frames], tmp_path / "out", width=clip.width, height=clip.height, rate_fps=clip.rate_fps, encoding=how)
     out = ffmpeg_frames(tmp_path / "out", clip.width, clip.height)
     assert 10 * np.log10(255**2 / np.mean((clip.frames.astype(float) - out) ** 2)) >= 40
+
+
+def test_the_table_in_the_readme_names_what_is_tested():
+    section = README.read_text("utf-8").partition("## Sources, and what is kept of them")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 15
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    patterns = []
+    for row in rows:
+        names = re.findall("`([^`]+)`", row.split(" | ")[-1])
+        assert names, row
+        for name in names:
+            if name.startswith("test_"):
+                assert f"def {name}(" in tests, name
+            else:
+                patterns.append(name)
+    made = SOURCES | VARIABLE
+    for pattern in patterns:
+        assert any(fnmatch(name, pattern) for name in made), pattern
+    assert not [name for name in made if not any(fnmatch(name, pattern) for pattern in patterns)]
