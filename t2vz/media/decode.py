@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from t2vz.clip import AudioReference, Clip, allocate
 from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceTooLarge
 from t2vz.media import images
-from t2vz.media.av_source import decoded, open_source, origin_s, video_stream
+from t2vz.media.av_source import AV_ERRORS, decoded, open_source, origin_s, video_stream
 from t2vz.media.limits import Limits
 from t2vz.media.local import reading
 from t2vz.media.picture import deinterlaced, rgb_converter
@@ -338,7 +338,11 @@ def _pyav(source: Probe, wanted: list[int], *, arrival_order: bool, seek: bool =
         origin = origin_s(container)
         if seek:
             near_s = float(source.timestamps_s[wanted[0] - _REORDERED_FRAMES]) + origin
-            container.seek(int(near_s / stream.time_base), stream=stream, backward=True)
+            try:
+                container.seek(int(near_s / stream.time_base), stream=stream, backward=True)
+            except AV_ERRORS:  # no keyframe before, in MP4
+                yield from _pyav(source, wanted, arrival_order=False, seek=False)
+                return
         to_rgb = rgb_converter(stream.codec_context.name, source.rotation, source.mirrored)
         in_order = True
         for arrived, frame in enumerate(deinterlaced(decoded(container, stream), stream)):
@@ -363,3 +367,5 @@ def _pyav(source: Probe, wanted: list[int], *, arrival_order: bool, seek: bool =
                 passed += 1
                 if in_order or passed > _REORDERED_FRAMES:
                     return
+    if seek and previous < 0:  # sought behind the last keyframe: MPEG-TS has no index
+        yield from _pyav(source, wanted, arrival_order=False, seek=False)

@@ -229,6 +229,7 @@ class _Packets:
     dts: list[int | None] = field(default_factory=list)
     last_duration: int = 0  # of the packet shown last
     edited: bool = False
+    headless: bool = False  # begins with another frame than a keyframe
     open_gop: bool = False
     reordered: bool = False
     negative: bool = False
@@ -252,6 +253,7 @@ def _scan(container: Any, stream: Any) -> _Packets:
             seen.edited = True
             continue
         pts = packet.pts
+        seen.headless |= not seen.pts and not packet.is_keyframe
         seen.pts.append(pts)
         seen.dts.append(packet.dts)
         if pts is None:
@@ -285,6 +287,7 @@ def _decord_reason(container: Any, stream: Any, first: Any, packets: _Packets, t
         (len(set(packets.pts)) < len(packets.pts), "non-monotonic PTS"),
         # B-frames whose PTS equal their DTS: a muxer lost the order of presentation.
         (context.has_b_frames and not packets.reordered and len(packets.pts) > 1, "non-monotonic PTS"),
+        (packets.headless, "no keyframe at its beginning"),
         (packets.open_gop, "open GOP"),
         (packets.changes, "parameters change in mid-stream"),
     )

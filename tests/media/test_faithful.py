@@ -130,7 +130,9 @@ SOURCES: dict[str, Source] = {
     "open_gop_hevc.ts": Source(_x265("open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3")),
     "order_lost.mp4": Source(("-c", "copy", "-bsf:v", "setts=pts=DTS"), "h264.mp4", warning="as they arrive"),
     "unreordered.mkv": Source((*_X264, *_420, "-bf", "0"), decord=True),
+    "intra_refresh.ts": Source((*_X264, *_420, "-x264-params", "intra-refresh=1:keyint=12")),
     # beside the picture
+    "transparent.gif": Source(("-vf", "format=rgba,colorkey=blue:0.3"), rate="10"),
     "cover.mp4": Source(
         ("-i", "cover.png", "-map", "0", "-map", "1", "-c", "copy", "-disposition:v:1", "attached_pic"),
         "h264.mp4",
@@ -225,11 +227,30 @@ def test_variable_rates(name, fps, source_path, ffmpeg_frames):
     assert abs(own.duration_s - probe(path).duration_s) <= 1 / float(own.rate_fps)
 
 
-@pytest.mark.parametrize("name", ["interlaced_h264.mp4", "10bit_hevc.mp4", "turned_90_hflip.mp4", "open_gop_hevc.ts"])
+@pytest.mark.parametrize(
+    "name", ["interlaced_h264.mp4", "10bit_hevc.mp4", "turned_90_hflip.mp4", "open_gop_hevc.ts", "intra_refresh.ts"]
+)
 def test_a_range_is_the_same_frames(name, source_path):
     whole = decode(source_path(name))
-    part = decode(source_path(name), start_s=11 / 25, video_length=7)
-    np.testing.assert_array_equal(part.frames, whole.frames[11:18])
+    for start in (11, len(whole) - 5):
+        part = decode(source_path(name), start_s=start / 25, video_length=5)
+        np.testing.assert_array_equal(part.frames, whole.frames[start : start + 5])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_what_comes_before_the_first_keyframe_is_told_and_shifts_nothing(suffix, ffmpeg, ffmpeg_frames, tmp_path):
+    path = tmp_path / f"headless.{suffix}"
+    pattern = ["-f", "lavfi", "-i", "testsrc2=s=160x120:r=25:d=5"]
+    ffmpeg(*pattern, *_X264, *_420, "-g", "60", "-bsf:v", r"noise=drop=eq(n\,0)", path)
+    oracle = ffmpeg_frames(path, 160, 120)
+    assert len(oracle) == 65  # ffmpeg leaves out what can't be decoded
+    clip = decode(path)
+    assert ["missing" in warning for warning in clip.warnings] == [True]
+    np.testing.assert_array_equal(clip.frames[-65:], oracle)
+    for back in (70, 60, 9):  # sought before, behind and far behind that keyframe
+        start_s = float(clip.timestamps_s[-back])
+        part = decode(path, start_s=start_s, video_length=8)
+        np.testing.assert_array_equal(part.frames[-1], clip.frames[len(clip) - back + 7])
 
 
 def test_a_slanted_picture_is_told(source_path, ffmpeg, tmp_path):
