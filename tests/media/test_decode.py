@@ -17,8 +17,11 @@ from t2vz.media.probe import probe
 
 REAL_CLIPS = (
     "clip-deer.mp4",
+    "clip-girl_dancing.mp4",
+    "depth-deer.mp4",
     "depth-girl_dancing.mp4",
     "edge-deer.mp4",
+    "edge-girl_dancing.mp4",
     "edit-boat.mp4",
     "edit-camel.mp4",
     "pose-dance1.gif",
@@ -245,6 +248,29 @@ def test_a_folder_is_sorted_naturally_and_takes_the_rate_asked_for(tmp_path):
     (tmp_path / "img3.png").write_bytes((tmp_path / "img2.png").read_bytes()[:60])
     with pytest.raises(SourceCorrupt, match=r"img3\.png"):
         decode(tmp_path, fps=Fraction(6))
+
+
+def test_pictures_are_turned_as_their_exif_says(tmp_path):
+    from PIL import Image
+
+    picture = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    shown_as = {  # what EXIF says the stored rows and columns are
+        1: picture,
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.swapaxes(0, 1),
+        6: np.rot90(picture, -1),
+        7: np.rot90(picture, 2).swapaxes(0, 1),
+        8: np.rot90(picture),
+    }
+    for orientation, expected in shown_as.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        folder = tmp_path / str(orientation)
+        folder.mkdir()
+        Image.fromarray(picture).save(folder / "1.png", exif=exif)
+        np.testing.assert_array_equal(decode(folder).frames[0], expected, err_msg=str(orientation))
 
 
 def test_an_animated_webp_keeps_its_times(tmp_path):
