@@ -343,7 +343,7 @@ def _pyav(source: Probe, wanted: list[int], *, arrival_order: bool, seek: bool =
             except AV_ERRORS:  # no keyframe before, in MP4
                 yield from _pyav(source, wanted, arrival_order=False, seek=False)
                 return
-        to_rgb = rgb_converter(stream.codec_context.name, source.rotation, source.mirrored)
+        to_rgb = rgb_converter(stream.codec_context.name, source.rotation, source.mirrored, source.hdr)
         in_order = True
         for arrived, frame in enumerate(deinterlaced(decoded(container, stream), stream)):
             if arrival_order:

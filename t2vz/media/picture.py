@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2vz.errors import SourceError
+from t2vz.media.tonemap import PEAK_CD_M2, WHITE_CD_M2, to_sdr
 
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
 # Matrices that libswscale has no coefficients for; it takes BT.601's without a word.
@@ -37,7 +38,9 @@ _TURNS = {
     ("swapped", False, True): (270, False),
     ("swapped", False, False): (270, True),
 }
-_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
+_BT2020 = 9  # AVCOL_PRI_BT2020
+_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, AVCOL_PRI_UNSPECIFIED
+_UNSAID = (0, _UNSPECIFIED)
 # Above the one or from the other on, untagged video is taken for HD, as players (mpv) do.
 _SD_HEIGHT_PX, _HD_WIDTH_PX = 576, 1280
 _TO_SDR = (
@@ -46,26 +49,29 @@ _TO_SDR = (
 )
 
 
-def check_colours(path: str, frame: Any, declared: Any) -> tuple[str, ...]:
-    """Warnings about colours. declared: codec context, which has the container's word on them.
+def check_colours(path: str, frame: Any, declared: Any) -> tuple[str, tuple[str, ...]]:
+    """(kind of HDR: "PQ", "HLG" or ""; warnings). declared: codec context, which has the container's word on them.
 
-    Errors: SourceError for what would come out wrong: high dynamic range, and matrices that can't be undone.
+    Errors: SourceError for what would come out wrong: matrices that can't be undone, HDR of other primaries.
     """
-    for transfer in (frame.color_trc, declared.color_trc):
-        if transfer in _HDR_TRANSFERS:
-            raise SourceError(
-                f"{path}: is HDR ({_HDR_TRANSFERS[transfer]}), which would come out pale; make it SDR first: {_TO_SDR}"
-            )
     for matrix in (frame.colorspace, declared.colorspace):
         if matrix in _STRANGE_MATRICES and not frame.format.is_rgb:
             raise SourceError(
                 f"{path}: its colours are {_STRANGE_MATRICES[matrix]}, which can't be read; "
                 "re-encode it as BT.709 first"
             )
-    for primaries in (frame.color_primaries, declared.color_primaries):
-        if primaries in _WIDE_PRIMARIES:
-            return (f"wide gamut ({_WIDE_PRIMARIES[primaries]}) is taken as BT.709: colours are a little paler",)
-    return ()
+    primaries = next((p for p in (frame.color_primaries, declared.color_primaries) if p not in _UNSAID), None)
+    hdr = _HDR_TRANSFERS.get(frame.color_trc) or _HDR_TRANSFERS.get(declared.color_trc) or ""
+    if hdr and primaries not in (None, _BT2020):
+        raise SourceError(f"{path}: is HDR ({hdr}) of other primaries than BT.2020; make it SDR first: {_TO_SDR}")
+    if hdr:
+        return hdr, (
+            f"HDR ({hdr}): tones are mapped to SDR, with white at {WHITE_CD_M2:.0f} and the peak at "
+            f"{PEAK_CD_M2:.0f} cd/m²",
+        )
+    if primaries in _WIDE_PRIMARIES:
+        return "", (f"wide gamut ({_WIDE_PRIMARIES[primaries]}) is taken as BT.709: colours are a little paler",)
+    return "", ()
 
 
 def orientation(frame: Any) -> tuple[int, bool] | None:
@@ -131,22 +137,30 @@ def _pulled(graph: Any) -> Iterator[Any]:
             yield graph.pull()
 
 
-def rgb_converter(codec: str, rotation: int, mirrored: bool) -> Callable[[Any], NDArray[np.uint8]]:
+def rgb_converter(codec: str, rotation: int, mirrored: bool, hdr: str) -> Callable[[Any], NDArray[np.uint8]]:
     """PyAV frame → uint8 (h, w, 3) RGB, turned for display. By FFmpeg's own scale filter: its bits.
 
     PyAV's reformatter does nearly the same, but places chroma differently in 10-bit and interlaced frames.
+    HDR is mapped to SDR.
     """
     graphs: dict[tuple[Any, ...], Any] = {}
 
     def to_rgb(frame: Any) -> NDArray[np.uint8]:
-        hd = is_untagged_hd(frame, codec)
-        shape = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, hd)
+        matrix = ""
+        if hdr and frame.colorspace in _UNSAID and not frame.format.is_rgb:
+            matrix = "bt2020"
+        elif not hdr and is_untagged_hd(frame, codec):
+            matrix = "bt709"
+        shape = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
         if shape not in graphs:
             graphs.clear()
-            scale = "flags=bicubic" + (":in_color_matrix=bt709" if hd else "")
-            graphs[shape] = _graph(frame, frame.time_base, ("scale", scale), ("format", "pix_fmts=rgb24"))
+            scale = "flags=bicubic" + (f":in_color_matrix={matrix}" if matrix else "")
+            form = "rgb48le" if hdr else "rgb24"
+            graphs[shape] = _graph(frame, frame.time_base, ("scale", scale), ("format", f"pix_fmts={form}"))
         graphs[shape].push(frame)
         picture = graphs[shape].pull().to_ndarray()
+        if hdr:
+            picture = to_sdr(picture, hdr)
         return np.rot90(picture[:, ::-1] if mirrored else picture, rotation // 90)
 
     return to_rgb

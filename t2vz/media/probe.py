@@ -36,6 +36,7 @@ class Probe:
     rotation: degrees counter-clockwise by which stored frames are turned for display: 0, 90, 180 or 270.
     mirrored: True if they are mirrored left to right before.
     interlaced: True if the first frame is two fields; decoding deinterlaces.
+    hdr: PQ or HLG, which decoding maps to SDR; "" for SDR.
     rate_fps: average rate.
     frames: expected count.
     first_pts_s: when the first frame is shown; duration_s: from there to the end of the last frame.
@@ -59,6 +60,7 @@ class Probe:
     rotation: int
     mirrored: bool
     interlaced: bool
+    hdr: str
     rate_fps: Fraction
     frames: int
     first_pts_s: float
@@ -149,6 +151,7 @@ def _probe_of_images(
         rotation=0,
         mirrored=False,
         interlaced=False,
+        hdr="",
         rate_fps=rate,
         frames=len(durations_s),
         first_pts_s=0.0,
@@ -183,7 +186,8 @@ def _probe_av(path: Path, limits: Limits) -> Probe:
             ticks = np.sort(np.array(stamps, dtype=np.int64))
             rate, constant = _rate(ticks, tick, [stream.average_rate, stream.guessed_rate])
             times_s = np.asarray(ticks * float(tick) - origin_s(container), np.float64)
-        warnings = list(check_colours(str(path), first, stream.codec_context))
+        hdr, told = check_colours(str(path), first, stream.codec_context)
+        warnings = list(told)
         turn = orientation(first)
         if turn is None:
             warnings.append("its rotation by an angle that is no multiple of 90 degrees is not applied")
@@ -208,12 +212,13 @@ def _probe_av(path: Path, limits: Limits) -> Probe:
             rotation=rotation,
             mirrored=mirrored,
             interlaced=interlaced,
+            hdr=hdr,
             rate_fps=rate,
             frames=len(times_s),
             first_pts_s=float(times_s[0]),
             duration_s=float(times_s[-1] - times_s[0]) + last_s,
             has_audio=bool(container.streams.audio),
-            decord_reason=_decord_reason(container, stream, first, packets, turn),
+            decord_reason=_decord_reason(container, stream, first, packets, turn, hdr),
             warnings=tuple(warnings),
             constant_rate=constant,
             pixel_aspect=aspect,
@@ -270,7 +275,9 @@ def _scan(container: Any, stream: Any) -> _Packets:
     return seen
 
 
-def _decord_reason(container: Any, stream: Any, first: Any, packets: _Packets, turn: tuple[int, bool] | None) -> str:
+def _decord_reason(
+    container: Any, stream: Any, first: Any, packets: _Packets, turn: tuple[int, bool] | None, hdr: str
+) -> str:
     """Why decord 0.6 (FFmpeg 4 inside) can't be trusted here; it is wrong without an exception."""
     context = stream.codec_context
     checks = (
@@ -281,6 +288,7 @@ def _decord_reason(container: Any, stream: Any, first: Any, packets: _Packets, t
         (is_untagged_hd(first, context.name), "untagged HD, which decord reads as BT.601"),
         (turn != (0, False), "rotation"),
         (first.interlaced_frame, "interlaced"),
+        (hdr != "", "HDR"),
         (packets.edited, "edit list"),
         (None in packets.pts, "no PTS"),
         (packets.negative, "first PTS below 0"),

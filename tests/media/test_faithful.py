@@ -21,6 +21,7 @@ from t2vz.errors import SourceError
 from t2vz.media.decode import decode
 from t2vz.media.encode import Encoding, encode
 from t2vz.media.probe import probe
+from t2vz.media.tonemap import to_sdr
 from t2vz.spec import JobSpec
 
 README = Path(__file__).parents[2] / "manifests" / "README.md"
@@ -308,24 +309,53 @@ def test_colours_are_those_that_went_in(suffix, width, matrix, tags, range_, ffm
     assert np.abs(middles - PATCHES).max() <= 4
 
 
+@pytest.fixture(scope="module")
+def hdr_path(ffmpeg, tmp_path_factory):
+    """A pattern of up to 600 cd/m² in a transfer, with primaries; 4:4:4, as each library halves chroma in its way."""
+    folder = tmp_path_factory.mktemp("hdr")
+
+    def path_of(transfer: str, primaries: str, pix_fmt: str = "yuv444p10le") -> Path:
+        light = "zscale=t=linear:npl=600:agamma=0,format=gbrpf32le,zscale=p=2020:agamma=0"
+        coded = f"zscale=t={transfer}:m=2020_ncl:r=tv:npl=203:agamma=0,format={pix_fmt}"
+        plain = "format=gbrp,setparams=color_primaries=bt709:color_trc=bt709:colorspace=gbr:range=pc"
+        codec = _x265(f"colorprim={primaries}:transfer={transfer}:colormatrix=bt2020nc", pix_fmt)
+        path = folder / f"{transfer}-{primaries}-{pix_fmt}.mp4"
+        pattern = ("-f", "lavfi", "-i", "testsrc2=s=160x120:r=5:d=1")
+        ffmpeg(*pattern, "-vf", f"{plain},{light},{coded}", *codec, "-crf", "4", path)
+        return path
+
+    return path_of
+
+
 @pytest.mark.parametrize(("transfer", "name"), [("smpte2084", "PQ"), ("arib-std-b67", "HLG")])
-def test_hdr_is_refused_with_a_command_that_helps(transfer, name, ffmpeg, tmp_path, source_path):
-    made = (
-        "format=gbrp,setparams=color_primaries=bt709:color_trc=bt709:colorspace=gbr:range=pc,zscale=t=linear:npl=203,"
-    )
-    made += f"format=gbrpf32le,zscale=p=2020:t={transfer}:m=2020_ncl:r=tv:npl=203,format=yuv420p10le"
-    ffmpeg(
-        "-i", source_path("h264.mp4"), "-vf", made, *_x265(f"transfer={transfer}", "yuv420p10le"), tmp_path / "hdr.mp4"
-    )
-    with pytest.raises(SourceError, match=rf"hdr\.mp4: is HDR \({name}\)") as refused:
-        probe(tmp_path / "hdr.mp4")
+def test_hdr_is_mapped_to_sdr(transfer, name, hdr_path, ffmpeg_frames):
+    path = hdr_path(transfer, "bt2020")
+    clip = decode(path)
+    assert [f"HDR ({name}): tones are mapped" in warning for warning in clip.warnings] == [True]
+    light = "zscale=t=linear:npl=203:agamma=0,format=gbrpf32le,zscale=p=bt709:agamma=0"
+    mapped = f"{light},tonemap=mobius:desat=0:peak={1000 / 203},zscale=t=bt709:m=gbr:r=full,format=gbrp"
+    differs = np.abs(clip.frames.astype(int) - ffmpeg_frames(path, 160, 120, "-vf", mapped))
+    assert differs.mean() < 3  # of 255; without the mapping it is 50 and more
+    assert np.percentile(differs, 99) <= 12
+    assert np.abs(clip.frames.astype(int) - ffmpeg_frames(path, 160, 120)).mean() > 30
+
+
+def test_white_of_hdr_is_as_bt_2408_has_it():
+    """203 cd/m² is PQ's 0.58 and HLG's 0.75; it and the peak of 1000 through tonemap's formula, by hand."""
+    for transfer, white, peak in (("PQ", 0.5807, 0.7518), ("HLG", 0.75, 1.0)):
+        codes = np.array([0.0, white, peak])[None, :, None].repeat(3, axis=2)
+        grey = to_sdr(np.rint(codes * 65535).astype(np.uint16), transfer)[0]
+        assert (grey == grey[:, :1]).all(), "grey stays grey"
+        assert grey[:, 0].tolist() == pytest.approx([0, 217, 255], abs=1)
+
+
+def test_hdr_of_other_primaries_is_refused_with_a_command_that_helps(hdr_path, ffmpeg, tmp_path):
+    path = hdr_path("smpte2084", "smpte432", "yuv420p10le")
+    with pytest.raises(SourceError, match=r"is HDR \(PQ\) of other primaries") as refused:
+        probe(path)
     words = refused.value.message.partition("ffmpeg ")[2].split()
-    given = {"IN": tmp_path / "hdr.mp4", "OUT": tmp_path / "sdr.mp4"}
-    ffmpeg(*(given.get(word, word) for word in words))
-    clip = decode(tmp_path / "sdr.mp4")
-    assert clip.warnings == ()
-    # Bright tones are compressed. Taken for SDR, it is 78 (PQ) and 61 (HLG) levels off.
-    assert np.abs(clip.frames.astype(int) - decode(source_path("h264.mp4")).frames).mean() < 40
+    ffmpeg(*({"IN": path, "OUT": tmp_path / "sdr.mp4"}.get(word, word) for word in words))
+    assert decode(tmp_path / "sdr.mp4").warnings == ()
 
 
 def test_wide_gamut_is_told_and_strange_matrices_are_refused(source_path, ffmpeg, tmp_path):
