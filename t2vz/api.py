@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # heavy
     from t2vz.modes import Request
 
 _OUTPUT_TYPES = ("np", "tensor", "pil", "pt", "latent")
-_OF_MANIFESTS = ENCODING_COLUMNS | {"id", "mode", "start_s", "end_s"}
+_OF_MANIFESTS = ENCODING_COLUMNS | {"id", "mode", "start_s", "end_s", "fit"}
 # Arguments of diffusers' pipelines that can do nothing here: the value that is let pass, and what to do instead.
 _FOREIGN: dict[str, tuple[Any, str]] = {
     "callback": (None, "give callback_on_step_end"),

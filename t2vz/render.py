@@ -280,6 +280,7 @@ class Render:
             width=spec.width,
             height=spec.height,
             longest_px=None if sized else native_px(spec),
+            fit=spec.fit,
             condition_video=spec.condition_video is not None,
             limits=self.settings.limits,
             workspace=self.workspace,
@@ -531,6 +532,8 @@ class Render:
         }
         if self.spec.mode == "text":
             used["t0"], used["t1"] = t0_t1(self.spec)
+        else:
+            used["fit"] = self.spec.fit
         if self.spec.mode == "control":
             used["controlnet_conditioning_scale"] = self.spec.scales
             used["controlnet"] = self._controlnets()

@@ -20,6 +20,7 @@ ConditionName = Literal["edge", "depth", "pose", "openpose", "hed", "lineart", "
 SchedulerName = Literal["ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"]
 Format = Literal["mp4", "webm", "gif", "png", "mkv"]
 Codec = Literal["h264", "hevc", "vp9", "ffv1"]
+Fit = Literal["crop", "pad"]
 Anchor = Literal["first", "first_previous", "scene"]
 
 # Raised when a change of the engine changes the frames: every job then counts as not done.
@@ -153,6 +154,12 @@ class JobSpec(BaseModel):
         le=4096,
         multiple_of=8,
     )
+    fit: Fit = _column(
+        "crop",
+        "how a source of another aspect is brought to width × height, never stretched: `crop` its edges, "
+        "or `pad` with black",
+        modes="control edit",
+    )
     fps: Rate | None = _column(
         None, "frame rate of the output; the source's if absent, 4 in text mode", unit="frames/s"
     )
@@ -261,7 +268,7 @@ class JobSpec(BaseModel):
     )
     format: Format = _column("mp4", "container; `png` is a folder of images, `mkv` is lossless (FFV1)")
     codec: Codec | None = _column(None, "h264 or hevc in mp4, vp9 in webm, ffv1 in mkv; the format's first if absent")
-    crf: int | None = _column(None, "quality, lower is better; 18 for h264 and hevc, 24 for vp9", ge=0, le=63)
+    crf: int | None = _column(None, "quality, lower is better; 17 for h264 and hevc, 14 for vp9", ge=0, le=63)
     preset: str | None = _column(None, "encoder speed of h264 and hevc; medium if absent")
     pix_fmt: Literal["yuv420p", "yuv444p"] | None = _column(None, "chroma of h264, hevc and vp9; yuv420p if absent")
     audio: bool = _column(True, "carry the source's sound of the range over", modes="control edit")
@@ -639,12 +646,19 @@ def _identity_columns(mode: Mode) -> tuple[str, ...]:
     return tuple(name for name in JobSpec.model_fields if name not in _NOT_IN_IDENTITY and mode in COLUMN_MODES[name])
 
 
+# Columns added since ENGINE_VERSION was last raised. At their default, rows keep the identity they had without.
+_LATER = {"fit": "crop"}
+
+
 def canonical(spec: JobSpec) -> dict[str, Any]:
     """The columns that decide the frames and their encoding, defaults included, JSON-ready."""
     values = spec.__dict__  # as pydantic keeps them; iterating over the model takes ten times as long
     out: dict[str, Any] = {name: values[name] for name in _identity_columns(spec.mode)}
     if spec.fps is not None:
         out["fps"] = str(spec.fps)
+    for name, default in _LATER.items():
+        if out.get(name) == default:
+            del out[name]
     out["scheduler"] = spec.scheduler_name
     if spec.mask_video is not None:
         out["foreground_mask"] = "video"

@@ -143,3 +143,27 @@ def test_scenes_of_the_source_have_anchors_of_their_own(tiny_model, tiny_control
     assert (frames[3:] != second).mean() <= 1e-3  # batches of another size round differently
     _, anchored = rendered(tmp_path, tiny_model, source=both, **columns | {"attention_anchor": "first", "id": "three"})
     assert (anchored[3:] != second).mean() > 0.02
+
+
+def test_fit_says_how_a_source_of_another_aspect_is_brought_to_size(tmp_path):
+    wide = np.full((FRAMES, SIZE, 2 * SIZE, 3), 200, np.uint8)
+    wide[:, :, :8] = 90
+    columns = {"mode": "edit", "source": pictures(tmp_path / "wide", wide), "fps": 8}
+    settings = Settings(tmp_path / "out", "m", "run")
+    clips, ids = {}, set()
+    for fit in ("", "crop", "pad"):
+        job = planned(tmp_path, "mini", **columns, fit=fit)
+        assert isinstance(job, Job), job.error
+        ids.add(job.job_id)
+        with opening(settings):
+            work = Render(job, settings)
+            work.run("decode")
+        assert work.clip is not None
+        clips[fit] = work.clip.frames[0, :, :, 0]
+    assert np.array_equal(clips[""], clips["crop"])
+    assert len(ids) == 2
+    assert (clips["crop"] == 200).all()
+    assert (clips["pad"][SIZE // 4 : -SIZE // 4, 6:] == 200).all()
+    assert (clips["pad"][SIZE // 4 : -SIZE // 4, :3] == 90).all()
+    assert not clips["pad"][: SIZE // 4].any()
+    assert not clips["pad"][-SIZE // 4 :].any()

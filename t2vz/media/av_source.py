@@ -18,8 +18,6 @@ _FORMATS = (
     "aac,aiff,amr,apng,asf,avi,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,mp3,mpeg,mpegts,"
     "mpegvideo,mxf,nut,ogg,wav,yuv4mpegpipe"
 )
-_HD_HEIGHT_PX = 720
-_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 
 
 def open_source(path: str | Path) -> Any:
@@ -62,13 +60,3 @@ def decoded(container: Any, stream: Any) -> Iterator[Any]:
         except AV_ERRORS:
             continue
         yield from frames
-
-
-def is_untagged_hd(frame: Any, codec: str) -> bool:
-    """True if the frame names no colour matrix but has a size that means BT.709 (FFmpeg: BT.601)."""
-    return (
-        frame.colorspace == _UNSPECIFIED
-        and frame.height >= _HD_HEIGHT_PX
-        and not frame.format.is_rgb
-        and codec != "mjpeg"  # JPEG is BT.601 at any size
-    )

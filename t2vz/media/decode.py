@@ -1,26 +1,26 @@
-"""decode: a range of a source as a Clip: resampled in time, scaled and cropped, never stretched."""
+"""decode: a range of a source as a Clip: resampled in time, scaled and cropped or padded, never stretched."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from t2vz.clip import AudioReference, Clip, allocate
 from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceTooLarge
 from t2vz.media import images
-from t2vz.media.av_source import decoded, is_untagged_hd, open_source, origin_s, video_stream
+from t2vz.media.av_source import AV_ERRORS, decoded, open_source, origin_s, video_stream
 from t2vz.media.limits import Limits
 from t2vz.media.local import reading
+from t2vz.media.picture import deinterlaced, rgb_converter
 from t2vz.media.probe import Probe, probe
+from t2vz.spec import Fit
 
 _MULTIPLE_PX = 8  # the VAE's factor
 _MIN_SIDE_PX, _MAX_SIDE_PX = 64, 4096  # as for the columns width and height
@@ -48,6 +48,7 @@ def decode(
     width: int | None = None,
     height: int | None = None,
     longest_px: int | None = None,
+    fit: Fit = "crop",
     condition_video: bool = False,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     workspace: Path | None = None,
@@ -58,7 +59,9 @@ def decode(
     fps: rate of the clip. Its frame k is the source frame shown at start_s + k / fps. None: the source's own
         frames; a variable rate becomes its average, with a warning. For a folder: the rate of its images.
     video_length: at most so many frames.
-    width, height, longest_px: size of the clip in pixels, see `output_size`; covered, cropped at the centre.
+    width, height, longest_px: size of the clip in pixels, see `output_size`.
+    fit: "crop": the size is covered and what hangs over is cropped, half on each side; "pad": the whole picture
+        is within it, black beside.
     condition_video: True for an already rendered condition: a warning tells if video_length cuts it.
     workspace: folder for the frames of clips above 256 MiB, which are a memory map then, of a file without a
         name that goes with the array. None: the system's temporary folder.
@@ -86,7 +89,7 @@ def decode(
             )
         size = sized(source, width, height, longest_px)
         frames = allocate((len(plan.indexes), size[1], size[0], 3), workspace)
-        decoder, delivered, lost = _read(source, plan.indexes, frames, warnings)
+        decoder, delivered, lost = _read(source, plan.indexes, frames, fit, warnings)
         if delivered == 0:
             raise SourceCorrupt(f"{path}: no frame of the range can be decoded; the file is damaged")
         if delivered < len(plan.indexes) or lost > 1:
@@ -135,7 +138,7 @@ def output_size(
     if min(size) < _MIN_SIDE_PX or (max(size) > _MAX_SIDE_PX and (width or height)):
         raise SourceError(
             f"{source_w}x{source_h} would become {max(1, round(scaled[0]))}x{max(1, round(scaled[1]))}, and a side "
-            f"must have {_MIN_SIDE_PX} to {_MAX_SIDE_PX} px; set both width and height, and it is cropped to them"
+            f"must have {_MIN_SIDE_PX} to {_MAX_SIDE_PX} px; set both width and height, and it is brought there by fit"
         )
     return size
 
@@ -200,8 +203,8 @@ def _plan(
 ) -> _Plan:
     warnings: list[str] = []
     times_s, source_end_s = source.timestamps_s, source.end_s
-    # A rounded timestamp must not pass for a late one.
-    tolerance_s = min(source.tick_s + 1e-6, 0.25 / float(rate), 0.25 / float(source.rate_fps))
+    # A timestamp that was rounded up, by half a tick at most, must not pass for a late one.
+    tolerance_s = min(source.tick_s / 2 + 1e-6, 0.25 / float(rate), 0.25 / float(source.rate_fps))
     grid_s = times_s[0] + np.arange(len(times_s)) / float(source.rate_fps)
     rounded = np.abs(times_s - grid_s).max() <= 2 * source.tick_s
     if rounded or (own_frames and source.constant_rate):
@@ -245,14 +248,14 @@ def _at_rate(folder: Probe, fps: Fraction | None) -> Probe:
 
 
 def _read(
-    source: Probe, indexes: NDArray[np.int64], frames: NDArray[np.uint8], warnings: list[str]
+    source: Probe, indexes: NDArray[np.int64], frames: NDArray[np.uint8], fit: Fit, warnings: list[str]
 ) -> tuple[str, int, int]:
     """Fill `frames`; (decoder, frames delivered, source frames lost)."""
     wanted = np.unique(indexes).tolist()
     path = Path(source.path)
 
     def filled(pictures: _Pictures) -> tuple[int, int]:
-        return _fill(frames, indexes, pictures, float(source.pixel_aspect), warnings)
+        return _fill(frames, indexes, pictures, fit, float(source.pixel_aspect), warnings)
 
     if source.kind == "folder":
         files = images.image_files(path)
@@ -278,16 +281,18 @@ def _fill(
     frames: NDArray[np.uint8],
     indexes: NDArray[np.int64],
     pictures: _Pictures,
+    fit: Fit,
     pixel_aspect: float,
     warnings: list[str],
 ) -> tuple[int, int]:
     """Write the pictures where the plan wants them; (frames delivered, source frames lost)."""
     k, n = 0, len(indexes)
+    bring = contain if fit == "pad" else cover
     shapes, seen = set(), set()
     for index, picture in pictures:
         shapes.add(picture.shape)
         seen.add(index)
-        fitted = cover(picture, frames.shape[2], frames.shape[1], pixel_aspect)
+        fitted = bring(picture, frames.shape[2], frames.shape[1], pixel_aspect)
         while k < n and indexes[k] < index:  # lost: the frame before is shown on
             frames[k] = frames[k - 1] if k else fitted
             k += 1
@@ -305,19 +310,35 @@ def cover(picture: NDArray[np.uint8], width: int, height: int, pixel_aspect: flo
 
     pixel_aspect: width / height of the picture's pixels. Downscaling averages areas, upscaling is bicubic.
     """
-    import cv2
-
     h, w = picture.shape[:2]
     scale = max(width / (w * pixel_aspect), height / h)
     to_w, to_h = max(width, round(w * pixel_aspect * scale)), max(height, round(h * scale))
-    if (to_w - w, to_h - h) != (0, 0):
-        small = min(w, to_w), min(h, to_h)  # an axis that shrinks and one that grows want different filters
-        if small != (w, h):
-            picture = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
-        if small != (to_w, to_h):
-            picture = cv2.resize(picture, (to_w, to_h), interpolation=cv2.INTER_CUBIC)
     x, y = (to_w - width) // 2, (to_h - height) // 2
-    return picture[y : y + height, x : x + width]
+    return _scaled(picture, to_w, to_h)[y : y + height, x : x + width]
+
+
+def contain(picture: NDArray[np.uint8], width: int, height: int, pixel_aspect: float = 1.0) -> NDArray[np.uint8]:
+    """`picture` as `cover` takes it, whole and in the middle of width × height, with black bars beside."""
+    h, w = picture.shape[:2]
+    scale = min(width / (w * pixel_aspect), height / h)
+    to_w = min(width, max(1, round(w * pixel_aspect * scale)))
+    to_h = min(height, max(1, round(h * scale)))
+    x, y = (width - to_w) // 2, (height - to_h) // 2
+    framed = np.zeros((height, width, 3), np.uint8)
+    framed[y : y + to_h, x : x + to_w] = _scaled(picture, to_w, to_h)
+    return framed
+
+
+def _scaled(picture: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    import cv2
+
+    h, w = picture.shape[:2]
+    small = min(w, width), min(h, height)  # an axis that shrinks and one that grows want different filters
+    if small != (w, h):
+        picture = cv2.resize(picture, small, interpolation=cv2.INTER_AREA)
+    if small != (width, height):
+        picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)
+    return picture
 
 
 def _decord(source: Probe, wanted: list[int]) -> _Pictures:
@@ -347,10 +368,14 @@ def _pyav(source: Probe, wanted: list[int], *, arrival_order: bool, seek: bool =
         origin = origin_s(container)
         if seek:
             near_s = float(source.timestamps_s[wanted[0] - _REORDERED_FRAMES]) + origin
-            container.seek(int(near_s / stream.time_base), stream=stream, backward=True)
-        to_rgb = _rgb_converter(stream.codec_context.name, source.rotation)
+            try:
+                container.seek(int(near_s / stream.time_base), stream=stream, backward=True)
+            except AV_ERRORS:  # no keyframe before, in MP4
+                yield from _pyav(source, wanted, arrival_order=False, seek=False)
+                return
+        to_rgb = rgb_converter(stream.codec_context.name, source.rotation, source.mirrored, source.hdr)
         in_order = True
-        for arrived, frame in enumerate(decoded(container, stream)):
+        for arrived, frame in enumerate(deinterlaced(decoded(container, stream), stream)):
             if arrival_order:
                 index = arrived
             elif frame.pts is None:
@@ -374,15 +399,3 @@ def _pyav(source: Probe, wanted: list[int], *, arrival_order: bool, seek: bool =
                     return
     if seek and previous < 0:  # sought behind the last keyframe: MPEG-TS has no index
         yield from _pyav(source, wanted, arrival_order=False, seek=False)
-
-
-def _rgb_converter(codec: str, rotation: int) -> Callable[[Any], NDArray[np.uint8]]:
-    """PyAV frame → uint8 (h, w, 3) RGB, turned for display. FFmpeg's plain conversion: decord's bits."""
-    reformatter = VideoReformatter()
-
-    def to_rgb(frame: Any) -> NDArray[np.uint8]:
-        matrix = Colorspace.ITU709 if is_untagged_hd(frame, codec) else None
-        picture = reformatter.reformat(frame, format="rgb24", src_colorspace=matrix).to_ndarray()
-        return np.rot90(picture, rotation // 90)
-
-    return to_rgb

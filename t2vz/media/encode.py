@@ -39,7 +39,8 @@ _CONTENT_TYPES = {
 }
 
 _ENCODERS = {"h264": "libx264", "hevc": "libx265", "vp9": "libvpx-vp9", "ffv1": "ffv1"}
-_CRF = {"h264": 18, "hevc": 18, "vp9": 24}
+# At which real clips of 512 px keep 40 dB and more; the chroma's halved resolution alone leaves them 43 to 45.
+_CRF = {"h264": 17, "hevc": 17, "vp9": 14}
 _BT709 = 1  # AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVCOL_TRC_BT709 alike
 _MAX_GIF_FPS = 50  # GIF counts in hundredths of a second, and players slow down what has less than two
 _X265_DELAY = 2  # packets by which decoding begins before showing: B-frames that refer to B-frames
@@ -58,7 +59,7 @@ class Encoding:
 
     format: str = "mp4"
     codec: str = "h264"
-    crf: int | None = 18
+    crf: int | None = 17
     preset: str | None = "medium"
     pix_fmt: str = "yuv420p"
     threads: int = 2
@@ -339,7 +340,7 @@ class _VideoFile:
                 format=self._pix_fmt,
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=Interpolation.BICUBIC,
+                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
             )
         picture.pts, picture.time_base = index, 1 / self._rate_fps
         self._mux(self._stream.encode(picture))

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from t2vz.errors import SourceCorrupt, SourceEmpty, SourceTooLarge
 from t2vz.media import images
-from t2vz.media.av_source import AV_ERRORS, decoded, is_untagged_hd, open_source, origin_s, video_stream
+from t2vz.media.av_source import AV_ERRORS, decoded, open_source, origin_s, video_stream
 from t2vz.media.limits import Limits
 from t2vz.media.local import local_source, reading
+from t2vz.media.picture import check_colours, is_untagged_hd, orientation
 
 FOLDER_RATE_FPS = Fraction(25)
-_HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVCOL_TRC_SMPTE2084, AVCOL_TRC_ARIB_STD_B67
 _MAX_RATE_FPS = 1000
 # Formats without presentation times: what FFmpeg makes up for B-frames in them is off.
 _TIMELESS = ("avi", "h264", "hevc", "m4v", "mpegvideo")
@@ -34,6 +34,9 @@ class Probe:
     container, codec, pix_fmt: FFmpeg's names; Pillow's where `container` is "image" or "folder".
     width, height: in pixels as displayed, rotation and sample aspect applied.
     rotation: degrees counter-clockwise by which stored frames are turned for display: 0, 90, 180 or 270.
+    mirrored: True if they are mirrored left to right before.
+    interlaced: True if the first frame is two fields; decoding deinterlaces.
+    hdr: PQ or HLG, which decoding maps to SDR; "" for SDR.
     rate_fps: average rate.
     frames: expected count.
     first_pts_s: when the first frame is shown; duration_s: from there to the end of the last frame.
@@ -55,6 +58,9 @@ class Probe:
     width: int
     height: int
     rotation: int
+    mirrored: bool
+    interlaced: bool
+    hdr: str
     rate_fps: Fraction
     frames: int
     first_pts_s: float
@@ -143,6 +149,9 @@ def _probe_of_images(
         width=size[0],
         height=size[1],
         rotation=0,
+        mirrored=False,
+        interlaced=False,
+        hdr="",
         rate_fps=rate,
         frames=len(durations_s),
         first_pts_s=0.0,
@@ -166,7 +175,6 @@ def _probe_av(path: Path, limits: Limits) -> Probe:
         first = _first_frame(path)
         if not packets.pts:
             raise SourceEmpty(f"{path}: the video stream has no frames")
-        warnings = []
         tick = Fraction(stream.time_base)
         timeless = None in packets.pts or container.format.name in _TIMELESS
         arrival_order = timeless or len(set(packets.pts)) < len(packets.pts)
@@ -178,12 +186,15 @@ def _probe_av(path: Path, limits: Limits) -> Probe:
             ticks = np.sort(np.array(stamps, dtype=np.int64))
             rate, constant = _rate(ticks, tick, [stream.average_rate, stream.guessed_rate])
             times_s = np.asarray(ticks * float(tick) - origin_s(container), np.float64)
-        if stream.codec_context.color_trc in _HDR_TRANSFERS:
-            warnings.append(f"HDR ({_HDR_TRANSFERS[stream.codec_context.color_trc]}): tones are not mapped to SDR")
-        rotation = first.rotation % 360
-        if rotation % 90:
-            warnings.append(f"a rotation by {rotation} degrees is not applied")
-            rotation = 0
+        hdr, told = check_colours(str(path), first, stream.codec_context)
+        warnings = list(told)
+        turn = orientation(first)
+        if turn is None:
+            warnings.append("its rotation by an angle that is no multiple of 90 degrees is not applied")
+        rotation, mirrored = turn or (0, False)
+        interlaced = bool(first.interlaced_frame)
+        if interlaced:
+            warnings.append("interlaced: deinterlaced (bwdif), one frame for each")
         width, height = first.width, first.height
         aspect = Fraction(stream.sample_aspect_ratio or 1)
         if rotation % 180:
@@ -199,12 +210,15 @@ def _probe_av(path: Path, limits: Limits) -> Probe:
             width=max(1, round(width * aspect)),
             height=height,
             rotation=rotation,
+            mirrored=mirrored,
+            interlaced=interlaced,
+            hdr=hdr,
             rate_fps=rate,
             frames=len(times_s),
             first_pts_s=float(times_s[0]),
             duration_s=float(times_s[-1] - times_s[0]) + last_s,
             has_audio=bool(container.streams.audio),
-            decord_reason=_decord_reason(container, stream, first, packets, rotation),
+            decord_reason=_decord_reason(container, stream, first, packets, turn, hdr),
             warnings=tuple(warnings),
             constant_rate=constant,
             pixel_aspect=aspect,
@@ -220,6 +234,7 @@ class _Packets:
     dts: list[int | None] = field(default_factory=list)
     last_duration: int = 0  # of the packet shown last
     edited: bool = False
+    headless: bool = False  # begins with another frame than a keyframe
     open_gop: bool = False
     reordered: bool = False
     negative: bool = False
@@ -243,6 +258,7 @@ def _scan(container: Any, stream: Any) -> _Packets:
             seen.edited = True
             continue
         pts = packet.pts
+        seen.headless |= not seen.pts and not packet.is_keyframe
         seen.pts.append(pts)
         seen.dts.append(packet.dts)
         if pts is None:
@@ -259,7 +275,9 @@ def _scan(container: Any, stream: Any) -> _Packets:
     return seen
 
 
-def _decord_reason(container: Any, stream: Any, first: Any, packets: _Packets, rotation: int) -> str:
+def _decord_reason(
+    container: Any, stream: Any, first: Any, packets: _Packets, turn: tuple[int, bool] | None, hdr: str
+) -> str:
     """Why decord 0.6 (FFmpeg 4 inside) can't be trusted here; it is wrong without an exception."""
     context = stream.codec_context
     checks = (
@@ -268,13 +286,16 @@ def _decord_reason(container: Any, stream: Any, first: Any, packets: _Packets, r
         (not {"mp4", "matroska"} & set(container.format.name.split(",")), "neither MP4 nor Matroska"),
         (first.format.components[0].bits > 8, "more than 8 bits a channel"),
         (is_untagged_hd(first, context.name), "untagged HD, which decord reads as BT.601"),
-        (rotation != 0, "rotation"),
+        (turn != (0, False), "rotation"),
+        (first.interlaced_frame, "interlaced"),
+        (hdr != "", "HDR"),
         (packets.edited, "edit list"),
         (None in packets.pts, "no PTS"),
         (packets.negative, "first PTS below 0"),
         (len(set(packets.pts)) < len(packets.pts), "non-monotonic PTS"),
         # B-frames whose PTS equal their DTS: a muxer lost the order of presentation.
         (context.has_b_frames and not packets.reordered and len(packets.pts) > 1, "non-monotonic PTS"),
+        (packets.headless, "no keyframe at its beginning"),
         (packets.open_gop, "open GOP"),
         (packets.changes, "parameters change in mid-stream"),
     )

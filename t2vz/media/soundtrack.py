@@ -27,6 +27,8 @@ _SEEK_MARGIN_S = 1.0
 class Soundtrack:
     """Packets of the range, written as the video goes on, so that neither waits in memory for the other.
 
+    Of several tracks it takes the default one, else the first.
+
     written: True once sound is in the output.
     """
 
@@ -36,9 +38,13 @@ class Soundtrack:
         self._warnings = warnings
         self._source = open_source(audio.path)
         try:
-            self._stream = self._source.streams.best("audio")
-            if self._stream is None:
-                raise SourceError(f"{audio.path}: no audio stream")
+            tracks = [track for track in self._source.streams.audio if track.codec_context is not None]
+            if not tracks:
+                raise SourceError(f"{audio.path}: no audio stream of a known codec")
+            kept = next((k for k, track in enumerate(tracks) if track.disposition & av.stream.Disposition.default), 0)
+            self._stream = tracks[kept]
+            if len(tracks) > 1:
+                warnings.append(f"{len(tracks)} audio tracks: number {kept + 1} is kept")
             self._begin_s = audio.start_s + origin_s(self._source)
             self._end_s = audio.end_s + origin_s(self._source)
             codec = self._stream.codec_context.name
@@ -65,6 +71,8 @@ class Soundtrack:
         context = self._stream.codec_context
         rate_hz = _OPUS_RATE_HZ if self._encoder == "libopus" else context.sample_rate
         channels = min(context.channels, 2)
+        if context.channels > channels:
+            self._warnings.append(f"{context.channels} channels of sound are mixed down to stereo")
         stream = output.add_stream(self._encoder, rate=rate_hz, layout=("mono", "stereo")[channels - 1])
         if self._encoder in _BIT_RATE:
             stream.bit_rate = channels * _BIT_RATE[self._encoder]

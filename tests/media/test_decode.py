@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from t2vz.errors import SourceCorrupt, SourceEmpty, SourceError, SourceMissing, SourceTooLarge
-from t2vz.media.decode import cover, decode, output_size
+from t2vz.media.decode import contain, cover, decode, output_size
 from t2vz.media.encode import Encoding, encode
 from t2vz.media.limits import Limits
 from t2vz.media.probe import probe
 
 REAL_CLIPS = (
     "clip-deer.mp4",
+    "clip-girl_dancing.mp4",
+    "depth-deer.mp4",
     "depth-girl_dancing.mp4",
     "edge-deer.mp4",
+    "edge-girl_dancing.mp4",
     "edit-boat.mp4",
     "edit-camel.mp4",
     "pose-dance1.gif",
@@ -162,6 +165,23 @@ def test_a_frame_is_scaled_to_cover_and_cropped_not_stretched(tmp_path):
         assert grey[:, size[0] // 2].sum() == pytest.approx(min(diameter, size[1]), abs=1.5)
 
 
+def test_padding_keeps_the_whole_picture_in_its_aspect(tmp_path):
+    y, x = np.mgrid[:200, :400]
+    disc = np.where((x - 200) ** 2 + (y - 100) ** 2 < 60**2, 255, 60).astype(np.uint8)
+    frames = np.repeat(disc[None, :, :, None], 3, axis=3).repeat(2, axis=0)
+    encode([frames], tmp_path / "d.mkv", width=400, height=200, rate_fps=Fraction(4), encoding=LOSSLESS)
+    for width, height, across, bars in ((128, 128, 38.4, (0, 32)), (256, 64, 38.4, (64, 0)), (512, 256, 153.6, (0, 0))):
+        picture = decode(tmp_path / "d.mkv", width=width, height=height, fit="pad").frames[0, :, :, 0]
+        assert picture.shape == (height, width)
+        inside = picture[bars[1] : height - bars[1], bars[0] : width - bars[0]]
+        assert inside.min() > 0, "all of it is the picture"
+        assert picture.sum(dtype=int) == inside.sum(dtype=int), "the bars are black"
+        disc_of = (picture.astype(float) - 60) / 195
+        assert disc_of[height // 2].clip(0).sum() == pytest.approx(across, abs=1.5)
+        assert disc_of[:, width // 2].clip(0).sum() == pytest.approx(across, abs=1.5)
+    assert contain(np.full((10, 1000, 3), 9, np.uint8), 64, 64).any(), "a line at least of the most extreme"
+
+
 def test_sample_aspect_is_applied(clip_path, ffmpeg_frames):
     clip = decode(clip_path("anamorphic.mp4"))
     assert (clip.width, clip.height) == (320, 120)
@@ -228,6 +248,29 @@ def test_a_folder_is_sorted_naturally_and_takes_the_rate_asked_for(tmp_path):
     (tmp_path / "img3.png").write_bytes((tmp_path / "img2.png").read_bytes()[:60])
     with pytest.raises(SourceCorrupt, match=r"img3\.png"):
         decode(tmp_path, fps=Fraction(6))
+
+
+def test_pictures_are_turned_as_their_exif_says(tmp_path):
+    from PIL import Image
+
+    picture = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    shown_as = {  # what EXIF says the stored rows and columns are
+        1: picture,
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.swapaxes(0, 1),
+        6: np.rot90(picture, -1),
+        7: np.rot90(picture, 2).swapaxes(0, 1),
+        8: np.rot90(picture),
+    }
+    for orientation, expected in shown_as.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        folder = tmp_path / str(orientation)
+        folder.mkdir()
+        Image.fromarray(picture).save(folder / "1.png", exif=exif)
+        np.testing.assert_array_equal(decode(folder).frames[0], expected, err_msg=str(orientation))
 
 
 def test_an_animated_webp_keeps_its_times(tmp_path):

@@ -11,6 +11,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from clicks import CLICK, CLICK_EVERY_S, FLASH, click_times_s, flash_times_s
 
 from t2vz.clip import AudioReference
 from t2vz.errors import DeviceLost, EncodeError, OutputError, SourceError, SourceMissing
@@ -22,7 +23,6 @@ from t2vz.media.probe import probe
 from t2vz.spec import JobSpec
 
 WIDTH, HEIGHT, COUNT, RATE_FPS = 128, 96, 12, Fraction(8)
-CLICK_EVERY_S = 0.5
 METADATA = {"prompt": "ein Bär, “größer”", "seed": 2**62, "t0": None}
 ALL = [("mp4", "h264"), ("mp4", "hevc"), ("webm", "vp9"), ("mkv", "ffv1"), ("gif", None), ("png", None)]
 
@@ -66,13 +66,11 @@ def test_equal_frames_give_equal_bytes(frames, tmp_path, format, codec):
     assert other.sha256 != first.sha256
 
 
-@pytest.mark.parametrize(
-    ("format", "codec", "least_db"), [("mp4", "h264", 40), ("mp4", "hevc", 40), ("webm", "vp9", 38.5)]
-)
-def test_colours_survive(frames, tmp_path, ffmpeg_frames, format, codec, least_db):
+@pytest.mark.parametrize(("format", "codec"), [("mp4", "h264"), ("mp4", "hevc"), ("webm", "vp9")])
+def test_colours_survive(frames, tmp_path, ffmpeg_frames, format, codec):
     written(frames, tmp_path / "v", encoding(format, codec))
     seen = ffmpeg_frames(tmp_path / "v", WIDTH, HEIGHT)
-    assert psnr_db(frames, seen) >= least_db
+    assert psnr_db(frames, seen) >= 40
     with av.open(str(tmp_path / "v")) as container:
         context = container.streams.video[0].codec_context
         assert (context.color_range, context.colorspace) == (1, 1)  # limited, BT.709
@@ -159,32 +157,15 @@ def test_the_parameters_are_in_the_file(frames, tmp_path):
         assert image.n_frames == COUNT
 
 
-def click_times_s(path: Path) -> np.ndarray:
-    """When clicks begin, on the presentation clock that the frames have too."""
-    with av.open(str(path)) as container:
-        stream = container.streams.audio[0]
-        rate_hz = stream.sample_rate
-        sound = np.zeros(10 * rate_hz)
-        for frame in container.decode(stream):
-            samples = frame.to_ndarray().astype(float) / (32768 if "16" in frame.format.name else 1)
-            if not frame.format.is_planar:
-                samples = samples.reshape(-1, len(frame.layout.channels)).T
-            begin = max(round(frame.time * rate_hz), 0)
-            sound[begin : begin + frame.samples] = samples[0]
-    loud = np.flatnonzero(np.abs(sound) > 0.2)
-    return loud[np.concatenate([[True], np.diff(loud) > 0.1 * rate_hz])] / rate_hz
-
-
 @pytest.fixture(scope="module")
 def clicks(ffmpeg, tmp_path_factory):
     """A source that flashes white and clicks every half second; suffix → path."""
     folder = tmp_path_factory.mktemp("clicks")
-    click = f"aevalsrc='if(lt(mod(t,{CLICK_EVERY_S}),0.01),sin(2*PI*2000*t),0)':s=44100:d=5"
     for suffix, codec in ((".mp4", "aac"), (".mkv", "libopus"), (".avi", "pcm_s16le"), (".ts", "mp2")):
         ffmpeg(
             *("-f", "lavfi", "-i", "color=black:s=64x64:r=16:d=5"),
-            *("-f", "lavfi", "-i", click),
-            *("-vf", f"geq=lum='if(lt(mod(T,{CLICK_EVERY_S}),1/16),235,16)':cb=128:cr=128"),
+            *("-f", "lavfi", "-i", f"{CLICK}:d=5"),
+            *("-vf", FLASH),
             *("-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", codec, folder / f"clicks{suffix}"),
         )
     return lambda suffix: folder / f"clicks{suffix}"
@@ -197,8 +178,7 @@ def test_sound_stays_with_the_frames(clicks, tmp_path, format, suffix):
     made = written(clip.frames, tmp_path / "v", encoding(format), rate_fps=clip.rate_fps, audio=clip.audio)
     assert (made.audio_kept, made.warnings) == (True, ())
     out = decode(tmp_path / "v")
-    bright = out.frames[:, 32, 32, 0] > 128
-    flashes_s = np.flatnonzero(bright & ~np.roll(bright, 1)) / float(out.rate_fps)
+    flashes_s = flash_times_s(out)
     assert len(flashes_s) == 6
     heard_s = click_times_s(tmp_path / "v")
     assert len(heard_s) == 6
@@ -288,11 +268,11 @@ def test_publish_keeps_the_same_and_replaces_what_is_damaged(frames, tmp_path, f
 
 
 def test_defaults_are_those_the_columns_promise():
-    assert encoding("mp4") == Encoding("mp4", "h264", 18, "medium", "yuv420p")
+    assert encoding("mp4") == Encoding("mp4", "h264", 17, "medium", "yuv420p")
     assert encoding("mp4", "hevc", crf=30, preset="fast", pix_fmt="yuv444p") == Encoding(
         "mp4", "hevc", 30, "fast", "yuv444p"
     )
-    assert encoding("webm") == Encoding("webm", "vp9", 24, None, "yuv420p")
+    assert encoding("webm") == Encoding("webm", "vp9", 14, None, "yuv420p")
     assert encoding("mkv").codec == "ffv1"
 
 
