@@ -24,7 +24,7 @@ Fit = Literal["crop", "pad"]
 Anchor = Literal["first", "first_previous", "scene"]
 
 # Raised when a change of the engine changes the frames: every job then counts as not done.
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 
 # Of a text row that doesn't say: the paper's demo. There is no source to take them from.
 TEXT_FRAMES = 8
@@ -646,19 +646,12 @@ def _identity_columns(mode: Mode) -> tuple[str, ...]:
     return tuple(name for name in JobSpec.model_fields if name not in _NOT_IN_IDENTITY and mode in COLUMN_MODES[name])
 
 
-# Columns added since ENGINE_VERSION was last raised. At their default, rows keep the identity they had without.
-_LATER = {"fit": "crop"}
-
-
 def canonical(spec: JobSpec) -> dict[str, Any]:
     """The columns that decide the frames and their encoding, defaults included, JSON-ready."""
     values = spec.__dict__  # as pydantic keeps them; iterating over the model takes ten times as long
     out: dict[str, Any] = {name: values[name] for name in _identity_columns(spec.mode)}
     if spec.fps is not None:
         out["fps"] = str(spec.fps)
-    for name, default in _LATER.items():
-        if out.get(name) == default:
-            del out[name]
     out["scheduler"] = spec.scheduler_name
     if spec.mask_video is not None:
         out["foreground_mask"] = "video"

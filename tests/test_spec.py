@@ -47,13 +47,6 @@ def test_what_changes_the_video_is_in_the_identity(columns):
     assert id_of(**columns) != id_of()
 
 
-def test_a_column_that_came_later_leaves_rows_without_it_their_identity():
-    columns = {"id": "a", "prompt": "snow", "mode": "edit", "source": "a.mp4"}
-    before = "7bd523639ac81e64fecfb714c8446b37"  # as it was before the column `fit`
-    assert job_id(JobSpec(**columns), "m", "s") == job_id(JobSpec(**columns, fit="crop"), "m", "s") == before
-    assert job_id(JobSpec(**columns, fit="pad"), "m", "s") != before
-
-
 @pytest.mark.parametrize("column", ["pan_x_per_s", "rotation_deg_per_s", "zoom_per_s"])
 def test_a_camera_that_is_told_to_stand_still_is_another_job_than_the_papers_motion(column):
     assert id_of(**{column: 1 if column == "zoom_per_s" else 0}) != id_of()
