@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix eval bench columns clean
+.PHONY: help setup demo test check fix eval bench scale columns clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -44,7 +44,10 @@ eval: $(READY)   ## measure quality with the embedded model into eval-out/; the 
 	@$(BIN)/t2vz eval --out eval-out
 
 bench: $(READY)  ## benchmarks; each prints one JSON object as its last line
-	@set -e; for file in tests/benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in engine gpu manifest results workers; do echo "== $$file"; $(BIN)/python tests/benchmarks/$$file.py; done
+
+scale: $(READY)  ## what orchestration costs with 100,000 rows: Prefect on PostgreSQL, half an hour; ends in one JSON object
+	@$(BIN)/python tests/benchmarks/scale.py
 
 clean:           ## remove what was made, the environment too
 	rm -rf $(VENV) demo-out eval-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -50,3 +50,15 @@ def test_gpu_script_on_small_models():
         for setting in ("8_unchunked", "24_chunks_of_2"):
             assert figures["gpu"][model][setting]["wall_ratio"] > 0
             assert 0 < figures["gpu"][model][setting]["flops_utilisation"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/lib/postgresql").is_dir(), reason="no PostgreSQL server here")
+def test_scale_with_few_rows():
+    figures = figures_of("scale.py", "--task-rows", "10", "--rows", "60")
+    assert figures["tasks"]["message"] == "10 rendered"
+    assert figures["tasks"]["task_runs"] == 40  # a row's and its three stages'
+    assert figures["shards"]["message"] == "60 rendered"
+    assert figures["rerun"]["message"] == "60 done before"
+    assert figures["shards"]["cpu_ms_a_row"]["all"] > 0
+    assert set(figures["ui_ms"]) >= {"run", "graph", "task_runs_page", "artifacts"}
