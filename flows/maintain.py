@@ -6,10 +6,13 @@ from typing import Any
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
 from pydantic import BaseModel, Field
 
+from t2vz.errors import T2VZError
 from t2vz.maintain import Report, maintain
-from t2vz_flows.render_manifest import can_mend, hide_tracebacks
+from t2vz_flows.render_manifest import hide_tracebacks
 
 _TOLD_ITEMS = 200  # in the artifact
 
@@ -48,6 +51,11 @@ def maintain_out(parameters: MaintainParameters) -> dict[str, Any]:
         "rows_forgotten": report.rows_forgotten,
         "corrupt": list(report.corrupt),
     }
+
+
+def can_mend(task: "Task[Any, Any]", run: TaskRun, state: State[Any]) -> bool:
+    """Prefect's question before it tries again: is the error one that may be gone next time?"""
+    return isinstance(state.data, T2VZError) and state.data.retryable
 
 
 @task(
