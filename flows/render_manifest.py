@@ -33,6 +33,7 @@ from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish
 
 _FLUSH_ROWS = 100  # a merge into the table costs 1 s, whatever its size
 _FLUSH_S = 10.0
+_STAGE_ROWS = 500  # more rows' stages are no task runs: of 8,000 the UI's graph is no answer any more
 _TASKS_END_S = 3.0  # what the tasks of an interrupted run's rows get to end
 
 
@@ -190,7 +191,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
                 ahead, whole = _ahead(items, parameters.max_row_tasks, counts)
                 progress = Progress()
                 if whole:
-                    shown, progress.total = RowTasks(), len(ahead) + counts["done"]
+                    shown, progress.total = RowTasks(stages=len(ahead) <= _STAGE_ROWS), len(ahead) + counts["done"]
                     events.emit(events.Event("planned", total=len(ahead), done=counts["done"]))
                 else:
                     threading.Thread(target=progress.count, args=(read(parameters.manifest),), daemon=True).start()

@@ -51,15 +51,18 @@ class Feed:
 
 
 class RowTasks:
-    """A task run for each row that is begun. To be used in the flow's thread."""
+    """A task run for each row that is begun, and with `stages` one for each try of its stages. To be used in the flow's
+    thread.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stages: bool = True) -> None:
+        self._stages = stages
         self._futures: list[PrefectFuture[Any]] = []
 
     def begin(self, job: Job) -> Told:
         feed, spec = Feed(), job.row.spec
         row = render_row.with_options(tags=[f"mode: {spec.mode}", f"model: {Path(spec.model).name}"])
-        self._futures.append(row.submit(job.row.id, quote(feed)))
+        self._futures.append(row.submit(job.row.id, self._stages, quote(feed)))
         return feed.put
 
     def unready(self, item: Unready) -> None:
@@ -110,13 +113,16 @@ class ShardTasks:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def render_row(row: str, feed: Any) -> Any:
+def render_row(row: str, stages: bool, feed: Any) -> Any:
     """Follow one row to its end: Completed, Failed with its plain message, or Cancelled if the run was stopped."""
     logger, tries = get_run_logger(), Counter[str]()
     while not isinstance(what := feed.get(), Outcome):
         if isinstance(what, Event) and what.kind == "stage":
             tries[what.stage] += 1
             again = f" (try {tries[what.stage]})" if tries[what.stage] > 1 else ""
+            if not stages:
+                logger.info("%s%s", what.stage, again)
+                continue
             _STAGE_TASKS[what.stage](row, what.stage, again, quote(feed), return_state=True)
         else:
             _log(logger, what)

@@ -379,6 +379,15 @@ def test_what_a_worker_tells_arrives_at_the_task_runs_of_its_row(
 
 
 @pytest.mark.usefixtures("stub")
+def test_the_stages_of_many_rows_are_log_lines(manifest: Write, flow_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2vz_flows.render_manifest._STAGE_ROWS", 2)
+    state = flow_run(manifest(*({"id": f"row-{i}", "seed": str(i)} for i in range(3))))
+    run_id, names = state.result()["run_id"], {"row-0", "row-1", "row-2"}
+    runs = task_runs(run_id, lambda found: names <= found.keys() and all(r.state.is_final() for r in found.values()))
+    assert set(runs) == names
+
+
+@pytest.mark.usefixtures("stub")
 def test_shards_give_the_same_table_as_tasks(manifest: Write, flow_run: Any, tmp_path: Path) -> None:
     prompts = ["a boat"] * 20 + ["fail a boat", "kill a boat", "slow a boat"]
     path = manifest(*({"id": f"row-{i}", "prompt": p, "seed": str(i)} for i, p in enumerate(prompts)), MISSING)
