@@ -58,10 +58,11 @@ class RenderParameters(BaseModel):
         default={}, title="Defaults", description="Column → value for the cells that the manifest leaves empty"
     )
     device: str = Field(default="auto", title="Device", description="auto, cpu, cuda:0, …")
-    executor: Literal["auto", "threads", "processes"] = Field(
+    executor: Literal["auto", "threads", "processes", "ray"] = Field(
         default="auto",
         title="Executor",
-        description="Workers as processes or threads of the run's own; auto: processes on GPUs and for several",
+        description="Workers as processes or threads of the run's own, or on a Ray cluster; auto: processes on GPUs "
+        "and for several",
     )
     workers: int | None = Field(
         default=None,
@@ -160,18 +161,9 @@ def render_manifest(parameters: RenderParameters) -> Any:
         split=parameters.split,
         retries=Retries(**parameters.retries.model_dump()),
     )
-    if parameters.split > 1 and (parameters.executor in ("processes",) or (parameters.workers or 1) > 1):
+    if parameters.split > 1 and (parameters.executor in ("processes", "ray") or (parameters.workers or 1) > 1):
         raise UnexpectedError("split: the processes share each clip; leave executor and workers out", stage="settings")
     asked = "threads" if parameters.split > 1 else parameters.executor
-    executor, places = placed(asked, parameters.device, parameters.workers)
-    pool = Pool(
-        settings,
-        executor,
-        places,
-        in_flight=parameters.in_flight,
-        attempts=parameters.max_attempts,
-        function=workers.RENDER,
-    )
     sharing: AbstractContextManager[None] = nullcontext()
     if parameters.split > 1:
         from t2vz.modes.split import leading  # which imports torch
@@ -182,7 +174,20 @@ def render_manifest(parameters: RenderParameters) -> Any:
     finished: list[ResultRow] = []
     shown: RowTasks | ShardTasks = ShardTasks(parameters.shard_rows)
     port, folder = parameters.metrics_port, parameters.metrics_folder
-    with metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder), opening(settings):
+    with (
+        workers.connected(asked),
+        metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder),
+        opening(settings),
+    ):
+        executor, places = placed(asked, parameters.device, parameters.workers)
+        pool = Pool(
+            settings,
+            executor,
+            places,
+            in_flight=parameters.in_flight,
+            attempts=parameters.max_attempts,
+            function=workers.RENDER,
+        )
         try:
             with sharing, pool, _merging(settings) as merge:  # workers start while rows are planned
                 items = plan(

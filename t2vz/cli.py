@@ -158,10 +158,11 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
 )
 @click.option(
     "--executor",
-    type=click.Choice(["auto", "threads", "processes"]),
+    type=click.Choice(["auto", "threads", "processes", "ray"]),
     default="auto",
     show_default=True,
-    help="Workers as processes, or as threads of this one; auto: processes on GPUs and for several workers.",
+    help="Workers as processes, as threads of this one, or on a Ray cluster (RAY_ADDRESS, or the one started here); "
+    "auto: processes on GPUs and for several workers.",
 )
 @click.option(
     "--in-flight",

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
@@ -45,6 +45,7 @@ _RESTARTS = 5  # of a worker that finishes no row in between
 _BACKOFF_S = 1.0  # before its second restart; doubled each time
 _STEP_EVENT_S = 0.25  # apart, of one row
 _LEAVE_S = 5.0
+_HOPE_S = 60.0  # what a place gets to have a worker, before rows that need one they did not die in do without
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def serve(receive: Callable[[], Order], send: Callable[[Answer], None], settings
     What rows emit and log is sent on under their number. function: "module:name" of what does a row. Raises what
     `receive` raises, EOFError if the parent is gone. Raises UnexpectedError if there is no such function.
     """
-    body = _imported(function)
+    body: Callable[[Job, Settings, int], ResultRow | None] = _imported(function)
     numbers: dict[int, int] = {}  # of the rows under way, by thread
     stepped: dict[int, float] = {}
 
@@ -158,12 +159,12 @@ def serve(receive: Callable[[], Order], send: Callable[[Answer], None], settings
             thread.join()
 
 
-def _imported(function: str) -> Callable[[Job, Settings, int], ResultRow | None]:
-    module, _, name = function.partition(":")
+def _imported(name: str) -> Any:
+    module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UnexpectedError(f"{function}: there is no such function to do rows with ({error})") from error
+        raise UnexpectedError(f"{name}: there is no such function to do rows with ({error})") from error
 
 
 @contextmanager
@@ -207,9 +208,11 @@ class Place:
 def placed(executor: str, device: str, workers: int | None) -> tuple[str, tuple[Place, ...]]:
     """The executor's name and the places of a run's workers.
 
-    executor: "auto": processes on GPUs and for several workers, else threads; or a name in EXECUTORS.
-    workers: None: one for each GPU, or one. On the CPU so many share its cores.
+    executor: "auto": processes on GPUs and for several workers, else threads; or a name in EXECUTORS; within
+    `connected` for "ray". workers: None: one for each GPU, or one. On the CPU so many share its cores.
     """
+    if executor == "ray":
+        return executor, _imported("t2vz.ray_workers:placed")(device, workers)
     gpus = _gpus(device)
     number = max(1, len(gpus)) if workers is None else workers
     if executor == "auto":
@@ -222,6 +225,11 @@ def placed(executor: str, device: str, workers: int | None) -> tuple[str, tuple[
         return executor, tuple(Place("auto", gpu=gpus[i % len(gpus)]) for i in range(number))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return executor, (Place(device, threads=max(1, cores // number)),) * number
+
+
+def connected(executor: str) -> AbstractContextManager[None]:
+    """What an executor needs from before its workers are placed until they are gone: with Ray its cluster."""
+    return _imported("t2vz.ray_workers:connected")() if executor == "ray" else nullcontext()
 
 
 def _gpus(device: str) -> tuple[str, ...]:
@@ -359,9 +367,11 @@ class ProcessWorker:
         return f"was killed by signal {-code}"
 
 
-EXECUTORS: dict[str, Callable[[str, Place, Settings, str, Deliver], Worker]] = {
-    "threads": ThreadWorker,
-    "processes": ProcessWorker,
+# Where the `Worker` of each is; Ray's module is loaded when it is chosen.
+EXECUTORS = {
+    "threads": "t2vz.workers:ThreadWorker",
+    "processes": "t2vz.workers:ProcessWorker",
+    "ray": "t2vz.ray_workers:RayWorker",
 }
 
 
@@ -448,6 +458,12 @@ class _Slot:
     loaded: Group | None = None
     failures: int = 0  # since it finished a row
     start_at: float | None = 0.0  # monotonic; None: there is a worker, or there shall be none any more
+    missed_since: float = field(default_factory=time.monotonic)  # if it is not ready
+
+    @property
+    def hoped_for(self) -> bool:
+        """True if its worker is ready, or will be soon: a cluster may have no room for it any more."""
+        return self.ready or (not self.given_up and time.monotonic() - self.missed_since < _HOPE_S)
 
     @property
     def given_up(self) -> bool:
@@ -496,7 +512,7 @@ class Pool:
         stop_s: float = STOP_S,
     ) -> None:
         self._settings = settings
-        self._start = EXECUTORS[executor]
+        self._start: Callable[[str, Place, Settings, str, Deliver], Worker] = _imported(EXECUTORS[executor])
         self._slots = [_Slot(number, place) for number, place in enumerate(places)]
         self._in_flight = in_flight
         self._function = function
@@ -621,13 +637,12 @@ class Pool:
 
     def _quarantine(self) -> _Slot | None:
         """The worker that the next suspect waits for, to be alone in it: one in which it did not die yet, if there is
-        or will be one. One suspect at a time: the other workers go on.
+        or will soon be one. One suspect at a time: the other workers go on.
         """
         if not self._suspects or any(slot.has_suspect for slot in self._slots):
             return None
-        alive = [slot for slot in self._slots if not slot.given_up]
-        fresh = [slot for slot in alive if slot.number not in self._suspects[0].lost_in]
-        return min((slot for slot in fresh or alive if slot.ready), key=lambda slot: len(slot.rows), default=None)
+        fresh = [slot for slot in self._slots if slot.hoped_for and slot.number not in self._suspects[0].lost_in]
+        return min((slot for slot in fresh or self._slots if slot.ready), key=lambda slot: len(slot.rows), default=None)
 
     def _answered(self) -> Iterator[Outcome]:
         """Wait for an answer, a job to hand out, or the time of a restart."""
@@ -684,6 +699,8 @@ class Pool:
         worker = slot.worker
         worker.kill()
         self._reason = error.message
+        if slot.ready:
+            slot.missed_since = time.monotonic()
         slot.worker, slot.ready, slot.loaded = None, False, None
         slot.failures += 1
         if slot.failures <= self._restarts and not worker.in_process:

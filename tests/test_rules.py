@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "diffusers", "transformers", "controlnet_aux", "decord", "accelerate", "prefect", "cv2")
+HEAVY = ("torch", "diffusers", "transformers", "controlnet_aux", "decord", "accelerate", "prefect", "cv2", "ray")
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,20 @@ def test_the_layers_hold():
 @pytest.mark.parametrize(
     "module",
     [
-        *("spec", "manifest", "plan", "results", "cli", "errors", "events", "clip", "render", "window", "workers"),
+        *(
+            "spec",
+            "manifest",
+            "plan",
+            "results",
+            "cli",
+            "errors",
+            "events",
+            "clip",
+            "render",
+            "window",
+            "workers",
+            "ray_workers",
+        ),
         *("conditions", "models.table"),
     ],
 )

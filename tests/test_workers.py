@@ -22,7 +22,7 @@ from t2vz.events import Event, listening
 from t2vz.plan import Job, plan
 from t2vz.render import Retries, Settings, opening
 from t2vz.results import ResultRow, ResultStore, read
-from t2vz.workers import Log, Outcome, Place, Pool, placed
+from t2vz.workers import EXECUTORS, Log, Outcome, Place, Pool, ProcessWorker, placed
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 CPU = Place("cpu", threads=1)
@@ -328,3 +328,29 @@ def test_places(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
     assert [place.gpu for place in placed("auto", "auto", 3)[1]] == ["4", "GPU-7", "4"]
     assert Place("auto", gpu="GPU-7").environment == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
+
+
+class NeverReady:
+    """As a worker that its cluster has no room for."""
+
+    in_process = False
+
+    def send(self, order: Any) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def join(self, timeout_s: float) -> bool:
+        return True
+
+
+def without_room_for_the_second(name: str, *given: Any) -> Any:
+    return ProcessWorker(name, *given) if name == "worker 0" else NeverReady()
+
+
+@pytest.mark.timeout(60)
+def test_a_row_does_not_wait_for_ever_for_a_worker_that_never_comes(jobs, settings, monkeypatch):
+    """It would rather be done again where it was not lost."""
+    monkeypatch.setitem(EXECUTORS, "processes", f"{__name__}:without_room_for_the_second")
+    monkeypatch.setattr("t2vz.workers._HOPE_S", 0.2)
+    rows = run(settings, jobs("kill-once a boat"), workers=2)
+    assert (rows["0"].status, rows["0"].attempts) == ("ok", 2)

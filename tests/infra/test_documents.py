@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import click
+import pytest
 import yaml
 from click.testing import CliRunner
 
@@ -52,7 +53,7 @@ def of(program: str, infra: Path) -> list[list[str]]:
 
 def test_only_programs_that_are_known(infra: Path) -> None:
     programs = {inside(words)[0] for words in commands(infra)}
-    assert programs <= FOREIGN | {"t2vz", "prefect", "docker", "psql", "pg_dump", "pg_restore"}
+    assert programs <= FOREIGN | {"t2vz", "prefect", "ray", "docker", "psql", "pg_dump", "pg_restore"}
 
 
 def test_t2vz_knows_its_commands(infra: Path) -> None:
@@ -63,6 +64,15 @@ def test_t2vz_knows_its_commands(infra: Path) -> None:
     for name, *arguments in found:
         command = cli.commands[name]
         with command.make_context(name, list(arguments)) as context:  # raises for unknown options and bad values
+            assert isinstance(context, click.Context)
+
+
+def test_ray_knows_its_commands(infra: Path) -> None:
+    scripts = pytest.importorskip("ray.scripts.scripts", reason="Ray is not installed: pip install 't2vz[ray]'")
+    found = of("ray", infra)
+    assert len(found) >= 2
+    for name, *arguments in found:
+        with scripts.cli.commands[name].make_context(name, list(arguments)) as context:
             assert isinstance(context, click.Context)
 
 
