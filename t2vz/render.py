@@ -631,8 +631,7 @@ def render(job: Job, settings: Settings, lost: int = 0, kind: type[Render] = Ren
         now = datetime.now(UTC)
         common = _common_row(settings, job.job_id, job.row.id, job.row.number, now, now)
         return ResultRow(**common, status="skipped", attempts=0)
-    finished = store.is_done(job.job_id) or store.merged_since(job.results_version, settings.run_id).get(job.job_id)
-    if finished is not None and is_there(settings.out, finished):
+    if _is_done(job, settings, lost):
         _release(job, settings)
         emit(Event("row_finished", job.row.id, status="done"))
         return None
@@ -663,6 +662,15 @@ def render(job: Job, settings: Settings, lost: int = 0, kind: type[Render] = Ren
     return row
 
 
+def _is_done(job: Job, settings: Settings, lost: int) -> bool:
+    """True if the job was finished since it was planned: by another run, or by a lost attempt of this one, whose
+    process died between the result and telling of it.
+    """
+    store, but_of = settings.store(), "" if lost else settings.run_id
+    finished = store.is_done(job.job_id) or store.merged_since(job.results_version, but_of).get(job.job_id)
+    return finished is not None and is_there(settings.out, finished)
+
+
 def _release(job: Job, settings: Settings) -> None:
     try:
         claims.release(settings.out, job.job_id, settings.run_id)
@@ -686,10 +694,14 @@ def _run(work: Render, stage: str) -> None:
             work.settings.stopping.wait(delay_s)
 
 
-def record_lost(job: Job, settings: Settings, error: T2VZError, attempts: int, started: datetime) -> ResultRow:
+def record_lost(job: Job, settings: Settings, error: T2VZError, attempts: int, started: datetime) -> ResultRow | None:
     """Commit the failed row of a job whose process died or lost its device `attempts` times, the last time working
-    on it since `started`.
+    on it since `started`. None if it turns out to be done.
     """
+    if _is_done(job, settings, attempts):
+        _release(job, settings)
+        emit(Event("row_finished", job.row.id, status="done"))
+        return None
     work = Render(job, settings, attempts)
     work.started_at = started
     row = work.row(error)

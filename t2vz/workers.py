@@ -459,6 +459,7 @@ class _Slot:
     failures: int = 0  # since it finished a row
     start_at: float | None = 0.0  # monotonic; None: there is a worker, or there shall be none any more
     missed_since: float = field(default_factory=time.monotonic)  # if it is not ready
+    fault: T2VZError | None = None  # why its worker was killed; it is not gone yet
 
     @property
     def hoped_for(self) -> bool:
@@ -647,6 +648,9 @@ class Pool:
     def _answered(self) -> Iterator[Outcome]:
         """Wait for an answer, a job to hand out, or the time of a restart."""
         due = [slot.start_at - time.monotonic() for slot in self._slots if slot.start_at is not None]
+        for slot in self._slots:
+            if slot.fault is not None and time.monotonic() - slot.missed_since > _LEAVE_S:
+                yield from self._lost(slot, slot.fault)  # the driver may hold a process whose device is lost for ever
         try:
             answered = self._answers.get(timeout=min([1.0, *(max(0.0, wait_s) for wait_s in due)]))
         except queue.Empty:
@@ -656,9 +660,10 @@ class Pool:
         if answered is None or isinstance(answered, Outcome):
             return
         worker, answer = answered
-        slot = next((slot for slot in self._slots if slot.worker is worker), None)
-        if slot is not None:  # else one that was given up already
-            yield from self._take(slot, answer)
+        for slot in self._slots:
+            if slot.worker is worker:  # else one that was given up already
+                yield from self._take(slot, answer)
+                break
 
     def _take(self, slot: _Slot, answer: Answer) -> Iterator[Outcome]:
         if isinstance(answer, Ready):
@@ -672,14 +677,15 @@ class Pool:
         elif isinstance(answer, Ended):
             yield from self._ended(slot, answer)
         else:
-            yield from self._lost(slot, WorkerDied(answer.reason))
+            yield from self._lost(slot, slot.fault or WorkerDied(answer.reason))
 
     def _ended(self, slot: _Slot, ended: Ended) -> Iterator[Outcome]:
         assert slot.worker is not None
         row = slot.rows[ended.number]
         if isinstance(ended.error, DeviceLost):
-            if not slot.worker.in_process:
-                yield from self._lost(slot, ended.error)
+            if not slot.worker.in_process:  # what else it has told, and what it still finishes, counts
+                slot.fault, slot.ready, slot.missed_since = ended.error, False, time.monotonic()
+                slot.worker.kill()
                 return
             del slot.rows[ended.number]
             yield self._failed(row, ended.error, lost=row.lost + 1)
@@ -701,7 +707,7 @@ class Pool:
         self._reason = error.message
         if slot.ready:
             slot.missed_since = time.monotonic()
-        slot.worker, slot.ready, slot.loaded = None, False, None
+        slot.worker, slot.ready, slot.loaded, slot.fault = None, False, None, None
         slot.failures += 1
         if slot.failures <= self._restarts and not worker.in_process:
             pause_s = 0.0 if slot.failures == 1 else self._backoff_s * 2.0 ** (slot.failures - 2)
@@ -726,7 +732,7 @@ class Pool:
         except T2VZError as why:
             self._fed(row, Outcome(row.job, "stopped", error=why))
             raise
-        return self._fed(row, Outcome(row.job, "failed", result))
+        return self._fed(row, Outcome(row.job, "ok" if result is None else "failed", result))
 
     def _fed(self, row: _Row, outcome: Outcome) -> Outcome:
         row.feed(outcome)

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from t2vz.errors import OutputError, T2VZError, UnexpectedError, WorkerDied
+from t2vz.errors import DeviceLost, OutputError, T2VZError, UnexpectedError, WorkerDied
 from t2vz.events import Event, listening
 from t2vz.plan import Job, plan
 from t2vz.render import Retries, Settings, opening
 from t2vz.results import ResultRow, ResultStore, read
-from t2vz.workers import EXECUTORS, Log, Outcome, Place, Pool, ProcessWorker, placed
+from t2vz.workers import EXECUTORS, Answer, Ended, Log, Outcome, Place, Pool, ProcessWorker, Worker, placed
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 CPU = Place("cpu", threads=1)
@@ -354,3 +354,59 @@ def test_a_row_does_not_wait_for_ever_for_a_worker_that_never_comes(jobs, settin
     monkeypatch.setattr("t2vz.workers._HOPE_S", 0.2)
     rows = run(settings, jobs("kill-once a boat"), workers=2)
     assert (rows["0"].status, rows["0"].attempts) == ("ok", 2)
+
+
+def the_fault_told_first(*given: Any) -> ProcessWorker:
+    """A worker whose lost device is told when the row beside it has just ended, and before that."""
+    *before, deliver = given
+    held: list[Ended] = []
+
+    def delivered(worker: Worker, answer: Answer) -> None:
+        if isinstance(answer, Ended) and isinstance(answer.error, DeviceLost):
+            held.append(answer)
+            return
+        if held and isinstance(answer, Ended):
+            deliver(worker, held.pop())
+        deliver(worker, answer)
+
+    return ProcessWorker(*before, delivered)
+
+
+def test_what_ends_beside_a_device_fault_has_ended(jobs, settings, monkeypatch):
+    """It is not given to another worker while the killed one may still be at it, or has done it."""
+    monkeypatch.setitem(EXECUTORS, "processes", f"{__name__}:the_fault_told_first")
+    lost: list[str] = []
+    with (
+        opening(settings),
+        listening(lambda event: lost.append(event.id) if event.kind == "row_lost" else None),
+        pool(settings) as workers,
+    ):
+        outcomes = {outcome.id: outcome.row for outcome in workers.run(jobs("fault-once a boat", "a boat"))}
+    assert lost == ["0"]
+    assert {id: row.attempts for id, row in outcomes.items()} == {"0": 2, "1": 1}
+
+
+def render_and_die(job: Job, settings: Settings, lost: int) -> None:
+    """The row's result is kept, but nobody is told."""
+    import stub
+
+    if stub.render(job, settings, lost) is not None:
+        if "merge" in job.row.spec.prompt:
+            settings.store().flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("prompt", ["a boat", "merge a boat"])
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_row_that_is_done_when_its_worker_dies_is_done(jobs, settings, prompt, attempts):
+    starts: list[str] = []
+    with (
+        opening(settings),
+        listening(lambda event: starts.append(event.id) if event.kind == "row_started" else None),
+        pool(settings, function=f"{__name__}:render_and_die", attempts=attempts) as workers,
+    ):
+        outcomes = list(workers.run(jobs(prompt)))
+    (row,) = read(settings.out, all=True)
+    assert (row.status, row.attempts) == ("ok", 1)
+    assert [outcome.status for outcome in outcomes] == ["ok"]
+    assert starts == ["0"]
