@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from t2vz.render import Settings
 from t2vz.workers import Answer, Deliver, Gone, Order, Place, serve
 
 _ROOM_S = 300.0  # what the cluster gets to place a worker: an autoscaler makes a machine in that time
+_ANSWER_S = 10.0
 _GPU = "cuda:0"  # the first of those that an actor sees, and Ray shows it one
 
 _log = logging.getLogger(__name__)
@@ -54,8 +56,11 @@ def connected() -> Iterator[None]:
         )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdecimal():  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"at RAY_ADDRESS={address}" if address else "that `ray start` began here"
         raise UnexpectedError(
             f"no Ray cluster answers {where} ({error}); `ray start` one, or `ray stop` and unset RAY_ADDRESS for one "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -265,6 +266,11 @@ def test_devices_that_a_cluster_has_not(monkeypatch):
 def test_ray_that_is_missing_or_out_of_reach_is_told_plainly(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://head.example:10001")
     with pytest.raises(UnexpectedError, match="RAY_ADDRESS=HOST:6379"), connected():
+        pass
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", closed)
+    with pytest.raises(UnexpectedError, match=f"no Ray cluster answers at RAY_ADDRESS={closed}"), connected():
         pass
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UnexpectedError, match=r"pip install 't2vz\[ray\]'"), connected():
