@@ -199,7 +199,8 @@ def render_manifest(parameters: RenderParameters) -> Any:
                     shown, progress.total = RowTasks(stages=len(ahead) <= _STAGE_ROWS), len(ahead) + counts["done"]
                     events.emit(events.Event("planned", total=len(ahead), done=counts["done"]))
                 else:
-                    threading.Thread(target=progress.count, args=(read(parameters.manifest),), daemon=True).start()
+                    rows = read(parameters.manifest, parameters.defaults)
+                    threading.Thread(target=progress.count, args=(rows,), daemon=True).start()
                 for outcome in _rendered(pool, _to_do(chain(ahead, items), settings), settings, shown.begin):
                     counts[outcome.status] += 1
                     if isinstance(outcome.item, Unready):

@@ -174,7 +174,9 @@ class _Heart:
         for key, entry in found.items():
             watch = self._watched.get(key)
             if watch is None or watch.version != entry.version:
-                home = watch.home if watch is not None else _read(storage.get(self._out, key)).get("home")
+                home = None if watch is None else watch.home
+                if home is None or _is_gone(home):  # a run that is started again beats on from another process
+                    home = _read(storage.get(self._out, key)).get("home")
                 watch = self._watched[key] = _Watch(entry.version, time.monotonic(), home)
             if own is not None and self._is_dead(watch, entry, own):
                 _log.info("run %s is dead: its rows are free", Path(key).stem)

@@ -208,11 +208,15 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
         check_clip_model(options["clip_model"])
     items = planned(manifest, out, defaults, verify=options["verify"])
     first = next(items, None)
-    if first is None:
-        click.echo(f"nothing to render: {manifest} has no rows")
-        return OK
-    if all(isinstance(item, Done) for item in chain([first], items)):
-        click.echo(f"nothing to render: every row is done in {out}")
+    if all(isinstance(item, Done) for item in chain([] if first is None else [first], items)):
+        why = f"{manifest} has no rows" if first is None else f"every row is done in {out}"
+        click.echo(f"nothing to render: {why}")
+        if launched > 1:
+            from t2vz.modes.split import leading
+
+            with leading(launched, options["device"]):
+                pass  # the other processes wait to be told
+            _leave(OK)
         return OK
 
     console = Console(stderr=True)
@@ -220,10 +224,15 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
         summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, split=split, **options)
     _tell_run(out, summary, quiet)
     code = SOME_FAILED if summary.get("failed") else OK
-    if split > 1:  # torch's threads may abort a process that shared clips at its very end
-        sys.stdout.flush()
-        os._exit(code)
+    if split > 1:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End a process that shared clips: at its very end torch's threads may abort it."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 @cli.command(epilog=EPILOG)
@@ -445,9 +454,8 @@ def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
     """The closing summary: a line a row if they are few, the counts, where things are, what to know."""
     from t2vz.results import read
 
-    ended = [row for row in read(out, all=True) if row.run_id == summary["run_id"]]
-    if not quiet and len(ended) <= _TOLD_ROWS:
-        for row in ended:
+    if not quiet and 0 < summary.get("ok", 0) + summary.get("failed", 0) <= _TOLD_ROWS:
+        for row in read(out, all=True).where(run_id=summary["run_id"]):
             click.echo(_row_line(out, row))
     said = {
         "ok": "rendered",

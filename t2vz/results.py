@@ -539,12 +539,14 @@ class Results:
         types = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
         return self.table.to_pandas(types_mapper=types.get)
 
-    def where(self, status: str | None = None, mode: str | None = None, model: str | None = None) -> Results:
+    def where(
+        self, status: str | None = None, mode: str | None = None, model: str | None = None, run_id: str | None = None
+    ) -> Results:
         """The rows that have all of the given values."""
         import pyarrow.compute as pc
 
         table = self.table
-        for name, value in (("status", status), ("mode", mode), ("model", model)):
+        for name, value in (("status", status), ("mode", mode), ("model", model), ("run_id", run_id)):
             if value is not None:
                 table = table.filter(pc.equal(table[name], value))
         return Results(table)

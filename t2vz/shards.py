@@ -15,7 +15,7 @@ from pathlib import Path
 
 from t2vz import storage
 from t2vz.errors import OutputError
-from t2vz.manifest import BadRow, origin, read, write_shard
+from t2vz.manifest import origin, write_shard
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.results import ResultStore
 
@@ -58,7 +58,7 @@ def split(
     held: ids of rows that are left out, as another shard has them.
     Raises ManifestError, ResultsError, OutputError.
     """
-    place, parent = folder(manifest, out, defaults), origin(manifest)
+    place, parent, held = folder(manifest, out, defaults), origin(manifest), frozenset(held)
     batch: list[Job] = []
     for item in plan(manifest, out, defaults, verify=verify):
         if isinstance(item, Unready):
@@ -73,10 +73,12 @@ def split(
 
 
 def ids(shard: Path) -> list[str]:
-    """The rows of a shard; none if its file is gone."""
+    """The rows of a shard; none if its file is gone. Not read as rows: without the run's defaults they may be bad."""
+    import pyarrow.parquet as pq
+
     if not shard.is_file():
         return []
-    return [row.id for row in read(shard) if not isinstance(row, BadRow)]
+    return pq.read_table(shard, columns=["id"])["id"].to_pylist()
 
 
 def outcome(manifest: str, out: str, defaults: Mapping[str, str]) -> Counter[str]:

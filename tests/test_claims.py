@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -77,6 +78,20 @@ def test_a_run_whose_process_died_on_this_machine_loses_its_claims_at_once(tmp_p
     assert left(tmp_path) == ["claims/job.json", "runs/dead.json"]
     with living(tmp_path, "next"):
         assert left(tmp_path) == ["runs/next.json"]
+
+
+def test_a_run_that_is_started_again_under_its_name_is_alive(tmp_path):
+    """As Prefect starts a crashed run again; between two beats of another run that watched the dead one."""
+    watcher = _Heart(tmp_path, "watcher", LEASE_S)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    body = {"home": claims._home(process.pid), "beat": 1}
+    storage.put(tmp_path, "runs/again.json", json.dumps(body).encode())
+    watcher.beat()
+    process.kill()
+    process.wait()
+    _Heart(tmp_path, "again", LEASE_S).beat()
+    watcher.beat()
+    assert left(tmp_path) == ["runs/again.json", "runs/watcher.json"]
 
 
 # --- leases, by a clock that the test winds ---------------------------------------------------------------

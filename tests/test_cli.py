@@ -11,7 +11,7 @@ import pyarrow.csv
 import pytest
 from PIL import Image
 
-from t2vz.cli import cli, main
+from t2vz.cli import _tell_run, cli, main
 from t2vz.results import ResultRow, ResultStore
 from t2vz.sheet import strip_key
 
@@ -64,6 +64,11 @@ def test_help_documents_exit_codes_everywhere(capsys: pytest.CaptureFixture[str]
         told = capsys.readouterr().out
         for code in ("0 ", "1 ", "2 ", "130 "):
             assert f"\n  {code:>5}" in told or f"  {code}" in told, (command, code)
+
+
+def test_a_run_that_left_all_rows_to_another_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _tell_run(str(tmp_path / "out"), {"skipped": 2, "run_id": "run"}, quiet=False)
+    assert capsys.readouterr().out.startswith("2 left to another run")
 
 
 def test_plan_tells_what_rendering_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

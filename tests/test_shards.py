@@ -79,6 +79,17 @@ def test_names_are_the_same_for_the_same_work(manifest: Path, tmp_path: Path) ->
     assert shards.ids(first[0].path) == []
 
 
+def test_rows_that_are_none_without_the_defaults_are_known_as_a_shards(tmp_path: Path) -> None:
+    manifest = tmp_path / "rows.csv"
+    manifest.write_text("id,condition\none,edge\ntwo,depth\n", encoding="utf-8")
+    clip = tmp_path / "one.mp4"
+    make_clip(clip, 0.5, sound=False)
+    defaults = {"prompt": "a ball", "mode": "control", "source": str(clip)}
+    (piece,) = shards.split(str(manifest), str(tmp_path / "out"), defaults, rows=2)
+    assert isinstance(piece, Shard)
+    assert shards.ids(piece.path) == ["one", "two"]
+
+
 def test_a_shard_of_a_shard_is_the_manifests(manifest: Path, tmp_path: Path) -> None:
     piece = next(item for item in cut(manifest, tmp_path / "out", rows=5) if isinstance(item, Shard))
     inner = next(item for item in cut(piece.path, tmp_path / "out", rows=1) if isinstance(item, Shard))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -163,6 +164,13 @@ def test_a_row_that_always_kills_its_worker_fails_alone(jobs, settings):
     assert 1 <= sum(row.attempts - 1 for row in rows.values()) <= 2
 
 
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_rows_that_kill_their_worker_one_after_the_other_stop_no_other(jobs, settings, in_flight):
+    rows = run(settings, jobs(*["kill a boat"] * 3, "a boat"), in_flight=in_flight)
+    assert rows.pop("3").status == "ok"
+    assert {(row.status, row.error_class, row.attempts) for row in rows.values()} == {("failed", "WorkerDied", 3)}
+
+
 def test_a_device_fault_replaces_the_worker(jobs, settings):
     with opening(settings), pool(settings) as workers:
         before = workers.workers[0].pid
@@ -185,7 +193,7 @@ def test_workers_that_can_t_be_kept_alive_end_the_run(jobs, settings):
     with (
         opening(settings),
         pytest.raises(WorkerDied, match=r"no worker can be kept alive: .* SIGKILL"),
-        pool(settings, 2, restarts=1, attempts=9) as workers,
+        pool(settings, 2, restarts=1, attempts=1, in_flight=1) as workers,
     ):
         list(workers.run(deaths))
     assert not ResultStore(settings.out).done()
@@ -237,6 +245,39 @@ def test_reading_that_fails_ends_the_run(jobs, settings):
 
     with opening(settings), pytest.raises(OutputError, match="disk is gone"), pool(settings) as workers:
         list(workers.run(broken()))
+
+
+def test_reading_that_fails_at_the_last_moment_ends_the_run_too(settings, monkeypatch):
+    """All is over but for the reader's last word when it fails: between two looks of the pool."""
+    monkeypatch.setattr("t2vz.workers._LEAVE_S", 0.1)  # the reader is held until all is over
+    fails, failed, leave = threading.Event(), threading.Event(), threading.Event()
+
+    class Late(Pool):
+        def _hand_out(self, *given: Any) -> None:
+            super()._hand_out(*given)
+            if self._slots[0].ready:  # nothing else is to be told then
+                fails.set()
+                failed.wait(10)
+
+    class Answers(SimpleQueue):
+        def put(self, answer: Any) -> None:  # type: ignore[override]
+            if answer is None:
+                failed.set()
+                leave.wait(10)
+            super().put(answer)
+
+    def broken():
+        fails.wait(10)
+        raise OutputError("the manifest's disk is gone")
+        yield
+
+    late = Late(settings)
+    late._answers = Answers()
+    try:
+        with opening(settings), late, pytest.raises(OutputError, match="disk is gone"):
+            list(late.run(broken()))
+    finally:
+        leave.set()
 
 
 @pytest.mark.parametrize("deaf", [False, True])

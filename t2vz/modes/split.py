@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from t2vz.errors import DeviceLost, T2VZError, translate
+from t2vz.errors import DeviceLost, T2VZError, UnexpectedError, translate
 from t2vz.models import loading
 from t2vz.models.loading import Components
 from t2vz.modes import Generated, Request, generate
@@ -119,10 +119,13 @@ def follow(device: str) -> None:
 def leading(processes: int, device: str) -> Iterator[None]:
     """While the block runs, `processes` of this machine work on each clip that is given to `lead`: this one and
     followers, which are started here and die with it. Under `accelerate launch` they are there already. Afterwards
-    this process should end by `os._exit` (see `generate_split`)."""
+    this process should end by `os._exit` (see `generate_split`). Raises UnexpectedError if there are fewer GPUs."""
     if processes == 1:
         yield
         return
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if launched() == 1 and 0 < gpus < processes:  # a follower without one would die, and be waited for
+        raise UnexpectedError(f"split: {processes} processes, but {gpus} GPUs: one each at most", stage="settings")
     started: list[subprocess.Popen[bytes]] = []
     before = dict(os.environ)
     if launched() == 1:

@@ -62,6 +62,16 @@ def test_clips_that_are_shared_are_the_same(write_manifest: Write, tmp_path: Pat
         assert made == needed + extra
 
 
+def test_processes_that_were_launched_for_nothing_end(tmp_path: Path) -> None:
+    """As every run of a schedule does that finds nothing new; the others must not wait for a clip."""
+    (tmp_path / "rows.csv").write_text("id,prompt\n", encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "t2vz.cli"]
+    command = [*launch, "run", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to render" in done.stdout
+
+
 def _spec() -> Any:
     from t2vz.spec import JobSpec
 

@@ -388,6 +388,14 @@ def test_the_stages_of_many_rows_are_log_lines(manifest: Write, flow_run: Any, m
 
 
 @pytest.mark.usefixtures("stub")
+def test_a_big_manifest_may_have_its_prompt_by_default(flow_run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("id,seed\none,1\ntwo,2\n", encoding="utf-8")
+    state = flow_run(path, defaults={"prompt": "a boat"}, max_row_tasks=1)
+    assert counts(state) == {"ok": 2}, state.message
+
+
+@pytest.mark.usefixtures("stub")
 def test_shards_give_the_same_table_as_tasks(manifest: Write, flow_run: Any, tmp_path: Path) -> None:
     prompts = ["a boat"] * 20 + ["fail a boat", "kill a boat", "slow a boat"]
     path = manifest(*({"id": f"row-{i}", "prompt": p, "seed": str(i)} for i, p in enumerate(prompts)), MISSING)

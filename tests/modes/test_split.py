@@ -8,7 +8,9 @@ import pytest
 import torch
 from split_worker import cases, request
 
+from t2vz.errors import UnexpectedError
 from t2vz.modes import generate
+from t2vz.modes.split import leading
 from t2vz.spec import JobSpec, t0_t1
 
 WORKER = Path(__file__).with_name("split_worker.py")
@@ -48,6 +50,13 @@ def test_a_leader_has_followers_make_their_parts(tiny_model, tiny_controlnets, t
     after = torch.load(tmp_path / "after.pt", weights_only=True)
     assert (after - whole.latents).abs().max() <= 1e-4
     assert not list(tmp_path.glob("*.npy"))  # what the processes shared is gone
+
+
+def test_more_processes_than_gpus_are_refused_at_once(monkeypatch):
+    """Else the leader would wait for those that died of it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UnexpectedError, match="4 processes, but 2 GPUs"), leading(4, "auto"):
+        pass
 
 
 def extra(name, columns, processes):
