@@ -43,8 +43,10 @@ class CuttingParameters(BaseModel):
 class LibraryParameters(BaseModel):
     """Which videos, in which style, where to."""
 
-    folder: str = Field(title="Folder", description="The source videos; looked through with the folders in it")
-    out: str = Field(title="Output folder", description="Gets the videos and the results table")
+    folder: str = Field(
+        title="Folder", description="The source videos, with those in folders below; or s3://bucket/prefix"
+    )
+    out: str = Field(title="Output folder", description="Gets videos and results table; or s3://bucket/prefix")
     style: dict[str, str] = Field(
         title="Style",
         description="Column → value for every source: mode (control or edit), prompt, and any other column; "

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -39,7 +38,7 @@ class ShardParameters(BaseModel):
     """What to render, where to, and by whom."""
 
     manifest: str = Field(title="Manifest", description="CSV or Parquet file with a row for each video")
-    out: str = Field(title="Output folder", description="Gets the videos and the results table; all machines reach it")
+    out: str = Field(title="Output folder", description="Folder that all machines reach, or s3://bucket/prefix")
     defaults: dict[str, str] = Field(
         default={}, title="Defaults", description="Column → value for the cells that the manifest leaves empty"
     )
@@ -63,7 +62,7 @@ class _Run(NamedTuple):
     """A shard under way. attempts: runs of it that this one began."""
 
     name: str
-    path: Path
+    path: str
     rows: str  # "1 to 200"
     attempts: int
 
@@ -105,7 +104,7 @@ def submit_shards(parameters: ShardParameters) -> Any:
                 continue
             while len(fleet.under_way) >= parameters.outstanding:
                 fleet.poll()
-            fleet.submit(_Run(item.name, item.path, f"{item.first} to {item.last}", 0))
+            fleet.submit(_Run(item.name, str(item.path), f"{item.first} to {item.last}", 0))
         while fleet.under_way:
             fleet.poll()
 
@@ -136,8 +135,7 @@ class _Fleet:
         self.troubles: list[tuple[str, str]] = []
         self._parameters = parameters
         self._client = client
-        place = shards.folder(parameters.manifest, parameters.out, parameters.defaults)
-        self._tag = f"shards:{place.name}"
+        self._tag = f"shards:{shards.folder_name(parameters.manifest, parameters.out, parameters.defaults)}"
         self._begun: Counter[str] = Counter()  # runs of each shard that there ever were
         self._polled_at = 0.0
 
@@ -148,7 +146,7 @@ class _Fleet:
             name = next((tag.removeprefix("shard:") for tag in run.tags if tag.startswith("shard:")), "")
             self._begun[name] += 1
             if run.state is not None and not run.state.is_final():
-                path = Path(run.parameters.get("parameters", {}).get("manifest", ""))
+                path = run.parameters.get("parameters", {}).get("manifest", "")
                 self.under_way[run.id] = _Run(name, path, run.name, 1)
                 held += shards.ids(path)
         if self.under_way:
@@ -159,8 +157,8 @@ class _Fleet:
         """Start a run of the shard. Two submitters at once come to the same key, and so to the same run."""
         given = self._parameters
         inner = RenderParameters(
-            manifest=str(shard.path),
-            out=str(Path(given.out).absolute()),
+            manifest=shard.path,
+            out=str(storage.normal(given.out)),
             defaults=given.defaults,
             **{**dict(given.render), "max_failed": None},
         )

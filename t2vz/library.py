@@ -1,5 +1,7 @@
 """Library: a folder of videos made a manifest of one style, long ones in parts; the parts' videos joined again.
 
+The folder and OUT may each be on S3 (s3://bucket/prefix).
+
 OUT/manifests/NAME.parquet    the manifest, written anew by every scan
 OUT/manifests/NAME.cuts.json  where long sources were cut, so that unchanged ones are not looked at again
 OUT/joined/                   a video for every source that was cut, and of each a record of what it was made from
@@ -13,25 +15,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from math import ceil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
+from t2vz import storage
 from t2vz.clip import AudioReference
-from t2vz.errors import ManifestError, OutputError, SourceError, T2VZError, translating
-from t2vz.files import whole
+from t2vz.errors import ManifestError, SourceError, T2VZError, translating
 from t2vz.manifest import Problem, explained, meant
 from t2vz.media.limits import Limits
+from t2vz.media.local import fetching
 from t2vz.plan import Done, Job, Unready, check_out, plan
 from t2vz.render import Settings, file_name
 from t2vz.results import Finished
-from t2vz.shards import local_out
 from t2vz.spec import COLUMN_MODES, MASK_SOURCES, MODEL_COLUMNS, SOURCE_COLUMNS, JobSpec
+from t2vz.storage import Place
 
 if TYPE_CHECKING:
     from t2vz.media.decode import Timeline
@@ -53,7 +58,7 @@ _RULES = 1  # raised when the same source and cutting give other cuts
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a library. name: how it is called there (a relative path with `/`). path: where it is read from."""
+    """A file of a library. name: how it is called there (a relative path with `/`). path: a file's, or its URL."""
 
     name: str
     path: str
@@ -104,7 +109,7 @@ class Library:
     style: a row of it, without source. left_out: files that can't be rows, each with the reason.
     """
 
-    manifest: Path
+    manifest: Place
     style: JobSpec
     sources: int
     rows: int
@@ -112,12 +117,17 @@ class Library:
     left_out: tuple[str, ...] = ()
 
 
-def find(folder: str | Path, glob: str = "**/*", *, out: str | Path) -> list[Source]:
+def find(folder: Place, glob: str = "**/*", *, out: Place) -> list[Source]:
     """The videos in a folder that match the glob, sorted by name. Hidden files and the output folder are left out.
 
-    Raises SourceError if there is no such folder, ManifestError if the glob is none.
+    folder: or s3://bucket/prefix, where a prefix that has nothing below it is as good as an empty folder.
+    Raises SourceError if there is no such folder or bucket, ManifestError if the glob is none, StorageTimeout.
     """
-    folder, inside = Path(folder).absolute(), Path(out).absolute()
+    if storage.is_remote(folder):
+        inside = f"{storage.normal(out)}/"
+        with fetching():
+            return _find_objects(str(storage.normal(folder)), glob, inside)
+    folder, results = Path(folder).absolute(), Path(out).absolute()
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder to take videos from")
     try:
@@ -127,15 +137,40 @@ def find(folder: str | Path, glob: str = "**/*", *, out: str | Path) -> list[Sou
     sources = []
     for path in found:
         name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if not hidden and path.suffix.lower() in SUFFIXES and inside not in path.parents and path.is_file():
+        if _is_video(name) and results not in path.parents and path.is_file():
             sources.append(Source(name.as_posix(), str(path)))
     return sources
 
 
+def _is_video(name: PurePosixPath | Path) -> bool:
+    """By its name alone; hidden files are none."""
+    return name.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in name.parts)
+
+
+def _find_objects(folder: str, glob: str, inside: str) -> list[Source]:
+    pattern = PurePosixPath(glob)
+    if pattern.is_absolute() or not pattern.parts or any(p == ".." or (p != "**" and "**" in p) for p in pattern.parts):
+        raise ManifestError(f"glob {glob!r} can't be used; write one like **/*.mp4")
+    sources = []
+    for entry in storage.entries(folder, "", deep=True):
+        name, url = PurePosixPath(entry.key), storage.joined(folder, entry.key)
+        if _is_video(name) and not url.startswith(inside) and _matches(name.parts, pattern.parts):
+            sources.append(Source(entry.key, url))
+    return sources
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """As `Path.glob` would find it."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[at:], pattern[1:]) for at in range(len(parts)))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
 def scan(
     sources: Iterable[Source],
-    out: str | Path,
+    out: Place,
     style: Mapping[str, str],
     *,
     cutting: Cutting = Cutting(),
@@ -146,7 +181,7 @@ def scan(
 
     style: column → cell, the same for all; `prompt` and a mode that takes a source at least.
     A source that can't be read becomes a row all the same: what is wrong with it is then in the results.
-    Raises ManifestError (a style that no row could have, a bad name), OutputError.
+    Raises ManifestError (a style that no row could have, a bad name), OutputError, StorageTimeout.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -155,18 +190,22 @@ def scan(
     spec = check_style(style)
     if name != file_name(name):
         raise ManifestError(f"the library's name {name!r} must be of letters, digits, '.', '_' and '-'")
-    local_out(out)
     check_out(out)
-    folder = Path(out).absolute() / "manifests"
-    path, memory = folder / f"{name}.parquet", folder / f"{name}.cuts.json"
-    known, kept = _read_json(memory), {}
+    out = storage.normal(out)
+    key, memory = f"manifests/{name}.parquet", f"manifests/{name}.cuts.json"
+    path = storage.joined(out, key) if storage.is_remote(out) else Path(out, key)
+    known, kept = _read_json(out, memory), {}
     columns = list(dict.fromkeys(("id", "source", "start_s", "end_s", "video_length", "seed", *style)))
     schema = pa.schema([(column, pa.string()) for column in columns])
     count = rows = 0
     cuts: list[Cut] = []
     left_out: list[str] = []
     taken: set[str] = set()
-    with translating("manifest", str(path)), whole(path) as draft, pq.ParquetWriter(draft, schema) as writer:
+    with (
+        translating("manifest", str(path)),
+        storage.whole(out, key) as draft,
+        pq.ParquetWriter(draft, schema) as writer,
+    ):
         batch: list[dict[str, str]] = []
         for source in sources:
             try:
@@ -180,9 +219,9 @@ def scan(
                 continue
             taken.add(id)
             count += 1
-            key, cut = _cut(id, source.path, spec, cutting, limits, known)
-            if key:
-                kept[key] = None if cut is None else _cut_to_json(cut)
+            known_as, cut = _cut(id, source.path, spec, cutting, limits, known)
+            if known_as:
+                kept[known_as] = None if cut is None else _cut_to_json(cut)
             if cut is not None:
                 cuts.append(cut)
             cells = {"seed": str(_seed(id)), **style, "source": source.path}
@@ -193,7 +232,7 @@ def scan(
                 batch = []
         rows += len(batch)
         writer.write_table(pa.Table.from_pylist(batch, schema))
-    _write_json(memory, kept)
+    _write_json(out, memory, kept)
     return Library(path, spec, count, rows, tuple(cuts), tuple(left_out))
 
 
@@ -394,40 +433,40 @@ class _Join:
 
     def kept(self) -> Joined | None:
         """What was joined from the same before; None if there is none."""
-        before = _read_json(self._record)
-        if before.get("key") != self._key or not _is_there(Path(self.settings.out), before):
+        before = _read_json(self.settings.out, self._record)
+        if before.get("key") != self._key or not _is_there(self.settings.out, before):
             return None
         return Joined(self.cut.id, "kept", "", before["output_uri"], before["frames"], before["audio_kept"])
 
     def run(self) -> Joined:
-        cut, before = self.cut, _read_json(self._record)
+        cut, out = self.cut, self.settings.out
         try:
-            made, warnings = self._joined()
+            before = _read_json(out, self._record)
+            output_uri, made = self._joined()
             record: dict[str, Any] = {
                 "key": self._key,
                 "id": cut.id,
                 "manifest": self.settings.manifest,
                 "source": cut.path,
                 "parts": [part.output_uri for part in self.parts],
-                "output_uri": made.path.relative_to(Path(self.settings.out)).as_posix(),
+                "output_uri": output_uri,
                 "sha256": made.sha256,
                 "size_bytes": made.size_bytes,
                 "frames": made.frames,
                 "fps": str(made.rate_fps),
                 "audio_kept": made.audio_kept,
-                "warnings": warnings,
+                "warnings": list(made.warnings),
             }
-            _write_json(self._record, record)
+            _write_json(out, self._record, record)
+            if before.get("output_uri", output_uri) != output_uri:
+                _remove(out, before["output_uri"])  # made of parts that are no more
         except T2VZError as error:
             return Joined(cut.id, "failed", error.message)
-        if "output_uri" in before and before["output_uri"] != record["output_uri"]:
-            _remove(Path(self.settings.out) / before["output_uri"])  # made of parts that are no more
-        return Joined(cut.id, "joined", "", record["output_uri"], made.frames, made.audio_kept, tuple(warnings))
+        return Joined(cut.id, "joined", "", output_uri, made.frames, made.audio_kept, made.warnings)
 
     @property
-    def _record(self) -> Path:
-        name = f"{file_name(self.cut.id)}-{_digest(self.settings.manifest, self.cut.id)[:8]}.json"
-        return Path(self.settings.out) / "joined" / name
+    def _record(self) -> str:
+        return f"joined/{file_name(self.cut.id)}-{_digest(self.settings.manifest, self.cut.id)[:8]}.json"
 
     @property
     def _key(self) -> str:
@@ -437,7 +476,8 @@ class _Join:
         checksums = [part.output_sha256 for part in self.parts]
         return _digest(_RULES, *checksums, fingerprint(self.cut.path), *_cut_to_json(self.cut).values())
 
-    def _joined(self) -> tuple[Encoded, list[str]]:
+    def _joined(self) -> tuple[str, Encoded]:
+        """(output_uri, what it is)."""
         from t2vz.media.encode import Encoding, publish
         from t2vz.media.join import join
         from t2vz.media.probe import probe
@@ -446,13 +486,13 @@ class _Join:
         encoding = Encoding.of(self.style)
         silent = not self.style.audio or encoding.format in ("gif", "png")
         audio = None
-        if not silent and probe(cut.path, settings.limits).has_audio:
-            audio = AudioReference(cut.path, cut.begin_s, cut.begin_s + float(cut.frames / cut.rate_fps))
+        if not silent and (source := probe(cut.path, settings.limits)).has_audio:
+            audio = AudioReference(str(source.path), cut.begin_s, cut.begin_s + float(cut.frames / cut.rate_fps))
         workspace = settings.workspace / f"join-{_digest(cut.id)[:12]}"
         with translating("encode", str(workspace)):
             workspace.mkdir(parents=True, exist_ok=True)
         made = join(
-            [Path(settings.out) / part.output_uri for part in self.parts],
+            [self._here(part.output_uri, workspace) for part in self.parts],
             workspace / "joined",
             frames=cut.lengths,
             rate_fps=cut.rate_fps,
@@ -461,12 +501,27 @@ class _Join:
             metadata={"id": cut.id, "parts": [part.output_uri for part in self.parts]},
         )
         suffix = "" if encoding.format == "png" else f".{encoding.format}"
-        published = publish(made, settings.out, f"joined/{file_name(cut.id)}-{made.sha256[:12]}{suffix}")
-        return published, list(published.warnings)
+        output_uri = f"joined/{file_name(cut.id)}-{made.sha256[:12]}{suffix}"
+        published = publish(made, settings.out, output_uri)
+        shutil.rmtree(workspace, ignore_errors=True)
+        return output_uri, published
+
+    def _here(self, output_uri: str, workspace: Path) -> Path:
+        """A part's video; of one on S3 a copy in the workspace."""
+        if not storage.is_remote(self.settings.out):
+            return Path(self.settings.out, output_uri)
+        path = workspace / output_uri
+        if not path.exists():  # else the same video is a part twice
+            storage.download(self.settings.out, output_uri, path)
+        return path
 
 
-def _is_there(out: Path, record: Mapping[str, Any]) -> bool:
-    path = out / record["output_uri"]
+def _is_there(out: Place, record: Mapping[str, Any]) -> bool:
+    if storage.is_remote(out):
+        entry = storage.head(out, record["output_uri"])
+        found = [entry] if entry else storage.entries(out, record["output_uri"])
+        return sum(one.size_bytes for one in found) == record["size_bytes"]
+    path = Path(out, record["output_uri"])
     if path.is_dir():
         from t2vz.media.encode import checksum
 
@@ -474,28 +529,25 @@ def _is_there(out: Path, record: Mapping[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == record["size_bytes"]
 
 
-def _remove(path: Path) -> None:
-    import shutil
-
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+def _remove(out: Place, output_uri: str) -> None:
+    """A video, or a folder of images."""
+    if storage.is_remote(out):
+        storage.remove_all(out, [entry.key for entry in storage.entries(out, output_uri)] or [output_uri])
+    elif Path(out, output_uri).is_dir():
+        shutil.rmtree(Path(out, output_uri), ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        storage.remove(out, output_uri)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(out: Place, key: str) -> dict[str, Any]:
     """Empty if there is none, or it is damaged: all that is in such files can be found out again."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
+        found = json.loads(storage.get(out, key) or b"{}")
     except ValueError:
         return {}
-    except OSError as error:
-        raise OutputError(f"{path}: can't be read ({error.strerror})") from error
     return found if isinstance(found, dict) else {}
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with translating("encode", str(path)), whole(path) as draft:
+def _write_json(out: Place, key: str, value: Mapping[str, Any]) -> None:
+    with translating("encode", storage.joined(out, key)), storage.whole(out, key) as draft:
         draft.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")

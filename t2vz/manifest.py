@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import posixpath
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,14 +22,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from t2vz.errors import ManifestError, translating
-from t2vz.files import whole
+from t2vz import storage
+from t2vz.errors import ManifestError, SourceError, SourceMissing, translating
+from t2vz.media.local import entry_of_source, fetching, local_source
 from t2vz.spec import COLUMN_MODES, MASK_SOURCES, MODEL_COLUMNS, SOURCE_COLUMNS, JobSpec
 
 _MODES = ("text", "control", "edit")
 # Without these cells it can't be told whether others fit.
 _OTHERS_DEPEND_ON = frozenset(("mode", "format", "codec", "num_inference_steps"))
-# In the Parquet schema's metadata of a shard: JSON {"manifest": absolute path, "numbers": [of the rows, there]}.
+# In the Parquet schema's metadata of a shard: JSON {"manifest": absolute path or URL, "numbers": [of the rows, there]}.
 _SHARD = b"t2vz.shard"
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -94,47 +96,76 @@ class BadRow:
 def read(path: str | Path, defaults: Mapping[str, str] | None = None) -> Iterator[Row | BadRow]:
     """The rows of a manifest in their order, read as they are asked for.
 
-    path: CSV (comma, semicolon or tab; UTF-8) or Parquet, told apart by content. A shard (`write_shard`) gives its
-    rows as the manifest that it is of would: with its numbers, ids and paths.
+    path: CSV (comma, semicolon or tab; UTF-8) or Parquet, told apart by content; on S3 (`s3://bucket/key`), too.
+    A shard (`write_shard`) gives its rows as the manifest that it is of would: with its numbers, ids and paths.
     defaults: column → cell, for the columns that a row leaves empty and its mode uses. Paths in them are
     relative to the manifest's folder, as those in the cells are.
 
     Raises ManifestError at once if the file as a whole is unusable: missing, empty, not UTF-8, without a
-    prompt column, with unknown, unnamed or repeated columns, or if a default is bad.
+    prompt column, with unknown, unnamed or repeated columns, or if a default is bad. StorageTimeout.
     """
-    path = Path(path)
+    name = os.fspath(path)
+    path = _here(name)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise ManifestError(f"{path}: is a folder; name the manifest file in it")
+            raise ManifestError(f"{name}: is a folder; name the manifest file in it")
         if not stat.S_ISREG(mode):  # opening a pipe may wait for ever, and the file is read more than once
-            raise ManifestError(f"{path}: is not a regular file; save the manifest as one")
+            raise ManifestError(f"{name}: is not a regular file; save the manifest as one")
         with path.open("rb") as file:
             magic = file.read(4)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path
-        raise ManifestError(f"{_shortened(str(path), 240)}: there is no such manifest") from None
+        raise ManifestError(f"{_shortened(name, 240)}: there is no such manifest") from None
     except OSError as error:
-        raise ManifestError(f"{_shortened(str(path), 240)}: can't be read ({error.strerror})") from error
+        raise ManifestError(f"{_shortened(name, 240)}: can't be read ({error.strerror})") from error
     if magic == b"PK\x03\x04":
-        raise ManifestError(f"{path}: is a spreadsheet or zip file; save it as CSV (UTF-8)")
-    header, records = _open_parquet(path) if magic == b"PAR1" else _open_csv(path)
+        raise ManifestError(f"{name}: is a spreadsheet or zip file; save it as CSV (UTF-8)")
+    header, records = _open_parquet(path, name) if magic == b"PAR1" else _open_csv(path, name)
     defaults = dict(defaults or {})
-    _check_header(path, header, defaults)
+    _check_header(name, header, defaults)
     _check_defaults(defaults)
-    return _rows(path, header, records, defaults)
+    return _rows(name, header, records, defaults)
+
+
+def _here(name: str) -> Path:
+    """Of a manifest on S3 a local copy. Raises ManifestError if it can't be fetched, StorageTimeout."""
+    if not storage.is_remote(name):
+        return Path(name)
+    try:
+        return local_source(name)
+    except SourceError as error:
+        raise ManifestError(error.message) from error
+    except OSError as error:
+        raise ManifestError(f"{name}: can't be fetched ({error.strerror})") from error
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """True if there is a file. Raises SourceError (S3 refuses), StorageTimeout."""
+    name = os.fspath(path)
+    if not storage.is_remote(name):
+        return os.path.isfile(name)
+    try:
+        with fetching():
+            entry_of_source(name)
+    except SourceMissing:
+        return False
+    return True
 
 
 def origin(path: str | os.PathLike[str]) -> str:
-    """Absolute path of the manifest that the rows at `path` are of: of a shard the one it was cut from."""
-    shard = _shard_of(path)
-    return shard["manifest"] if shard else os.path.abspath(path)
+    """Absolute path, or URL, of the manifest that the rows at `path` are of: of a shard the one it was cut from."""
+    name = os.fspath(path)
+    shard = _shard_of(name)
+    if shard:
+        return str(shard["manifest"])
+    return name if storage.is_remote(name) else os.path.abspath(name)
 
 
-def write_shard(path: Path, manifest: str, rows: Sequence[Row]) -> None:
+def write_shard(place: storage.Place, key: str, manifest: str, rows: Sequence[Row]) -> None:
     """Write some rows of a manifest as a manifest of their own, a Parquet file; whole or not at all.
 
     The rows keep what they are there: number, id, cells and what their paths are relative to. So a job of the shard
-    is the same job, with the same seed. Raises OutputError.
+    is the same job, with the same seed. Raises OutputError, StorageTimeout.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -143,13 +174,14 @@ def write_shard(path: Path, manifest: str, rows: Sequence[Row]) -> None:
     names = sorted({name for row in cells for name in row})
     about = json.dumps({"manifest": manifest, "numbers": [row.number for row in rows]})
     schema = pa.schema([(name, pa.string()) for name in names], {_SHARD: about.encode("utf-8", "surrogateescape")})
-    with translating("manifest", str(path)), whole(path) as draft:
+    with translating("manifest", storage.joined(place, key)), storage.whole(place, key) as draft:
         pq.write_table(pa.Table.from_pylist(cells, schema), draft)
 
 
-def _shard_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def _shard_of(name: str) -> dict[str, Any] | None:
     """What a shard says of itself; None if the file is none, or can't be read, which `read` says better."""
     try:
+        path = _here(name)
         with open(path, "rb") as file:
             if file.read(4) != b"PAR1":
                 return None
@@ -160,21 +192,21 @@ def _shard_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             metadata = pq.read_schema(path).metadata or {}
         except pa.ArrowException:
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, ManifestError):
         return None
     return json.loads(metadata[_SHARD].decode("utf-8", "surrogateescape")) if _SHARD in metadata else None
 
 
 def _rows(
-    path: Path, header: Sequence[str], records: Iterator[_Record], defaults: Mapping[str, str]
+    name: str, header: Sequence[str], records: Iterator[_Record], defaults: Mapping[str, str]
 ) -> Iterator[Row | BadRow]:
     width = len(header)
     filled = [(name, value) for name, value in defaults.items() if value]
     filling = {mode: {name: value for name, value in filled if mode in COLUMN_MODES[name]} for mode in _MODES}
     anywhere = {name: value for name, value in filling["text"].items() if len(COLUMN_MODES[name]) == len(_MODES)}
-    paths = _Paths(Path(origin(path)).parent, {*header, *defaults})
+    paths = _Paths(origin(name).rpartition("/")[0] or "/", {*header, *defaults})
     ids = _Ids()
-    with translating("manifest", str(path)):
+    with translating("manifest", name):
         for number, record in records:
             if isinstance(record, str) or (len(record) != width and not _is_padded(record, width)):
                 yield _unreadable(number, record, width, ids)
@@ -252,8 +284,8 @@ class _Ids:
 class _Paths:
     """Makes the paths in cells absolute; they are relative to the manifest's folder."""
 
-    def __init__(self, folder: Path, columns: Collection[str]) -> None:
-        self._folder = str(folder)
+    def __init__(self, folder: str, columns: Collection[str]) -> None:
+        self._folder = folder
         self._sources = [name for name in SOURCE_COLUMNS if name in columns]
         self._models = [name for name in MODEL_COLUMNS if name in columns]
         self._known: dict[str, str] = {}
@@ -286,10 +318,13 @@ class _Paths:
 
 @lru_cache(maxsize=4096)  # many rows share a source
 def _absolute(folder: str, path: str) -> str:
+    if storage.is_remote(folder) and not path.startswith("/"):
+        scheme, bucket = folder[: len("s3://")], folder[len("s3://") :]
+        return scheme + posixpath.normpath(posixpath.join(bucket, path))
     return os.path.normpath(os.path.join(folder, path))
 
 
-def _check_header(path: Path, header: Sequence[str], defaults: Mapping[str, str]) -> None:
+def _check_header(path: str, header: Sequence[str], defaults: Mapping[str, str]) -> None:
     if unnamed := [str(at) for at, name in enumerate(header, 1) if not name]:
         raise ManifestError(f"{path}: column {', '.join(unnamed)} has no name in the header")
     if unknown := [name for name in header if name not in COLUMN_MODES]:
@@ -316,18 +351,18 @@ def _check_defaults(defaults: Mapping[str, str]) -> None:
             raise ManifestError(f"bad default: {bad}") from None
 
 
-def _open_csv(path: Path) -> tuple[list[str], Iterator[_Record]]:
+def _open_csv(path: Path, name: str) -> tuple[list[str], Iterator[_Record]]:
     first, first_at = "", 0
     with path.open("rb") as file:  # the whole of it: no row is begun if one can't be read
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                raise ManifestError(f"{path}: line {number} is not UTF-8; save it as CSV UTF-8") from None
+                raise ManifestError(f"{name}: line {number} is not UTF-8; save it as CSV UTF-8") from None
             if not first:
                 first, first_at = text.strip("\r\n "), number
     if not first:
-        raise ManifestError(f"{path}: is empty; the first line must name the columns")
+        raise ManifestError(f"{name}: is empty; the first line must name the columns")
 
     if told := re.fullmatch(r'"?sep=(.)"?', first, re.IGNORECASE):  # Excel's own line before the header
         records = _csv_records(path, told[1], first_at)
@@ -336,8 +371,8 @@ def _open_csv(path: Path) -> tuple[list[str], Iterator[_Record]]:
         records = _csv_records(path, delimiter, first_at - 1)
     header = next(records, [])
     if isinstance(header, str):
-        raise ManifestError(f"{path}: the header {header}")
-    names = [name.strip() for name in header]
+        raise ManifestError(f"{name}: the header {header}")
+    names = [cell.strip() for cell in header]
     while len(names) > 1 and not names[-1]:
         names.pop()
     return names, ((number, cells) for number, cells in enumerate(records, 1) if cells)
@@ -375,22 +410,22 @@ def _csv_reason(error: str, line: int, last_line: int) -> str:
     return f"(line {line}) is not CSV: {error}"
 
 
-def _open_parquet(path: Path) -> tuple[list[str], Iterator[_Record]]:
+def _open_parquet(path: Path, name: str) -> tuple[list[str], Iterator[_Record]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{path}: is not a readable Parquet file ({_first_line(error)})") from error
+        raise ManifestError(f"{name}: is not a readable Parquet file ({_first_line(error)})") from error
     for column in file.schema_arrow:
         if not _is_cell(column.type):
-            raise ManifestError(f"{path}: column {_shortened(column.name)} holds {column.type}; write it as text")
-    names = [name.strip() for name in file.schema_arrow.names]
-    return names, _parquet_records(path, file, names)
+            raise ManifestError(f"{name}: column {_shortened(column.name)} holds {column.type}; write it as text")
+    names = [column.strip() for column in file.schema_arrow.names]
+    return names, _parquet_records(name, file, names)
 
 
-def _parquet_records(path: Path, file: Any, names: Sequence[str]) -> Iterator[_Record]:
+def _parquet_records(path: str, file: Any, names: Sequence[str]) -> Iterator[_Record]:
     import pyarrow as pa
 
     number = 0

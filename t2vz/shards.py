@@ -10,43 +10,43 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from t2vz import storage
-from t2vz.errors import OutputError
-from t2vz.manifest import origin, write_shard
+from t2vz.manifest import is_there, origin, write_shard
+from t2vz.media.local import local_source
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.results import ResultStore
+from t2vz.storage import Place
+
+_FOLDER = "manifests/shards"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some rows to render. name: the same for the same jobs. first, last: numbers of rows in the manifest."""
+    """Some rows to render. name: the same for the same jobs. path: a file's, or of an object on S3 its URL.
+
+    first, last: numbers of rows in the manifest.
+    """
 
     name: str
-    path: Path
+    path: Place
     rows: int
     first: int
     last: int
 
 
-def local_out(out: str | Path) -> Path:
-    """The output folder, which manifests are written to, and read from as files. Raises OutputError if it is on S3."""
-    if storage.is_remote(out):
-        raise OutputError(f"{out}: libraries and shards need an output folder that all machines reach, so far")
-    return Path(out).absolute()
-
-
-def folder(manifest: str, out: str, defaults: Mapping[str, str]) -> Path:
-    """Where the shards of the manifest lie; its name is of this manifest, output folder and defaults only."""
-    place = local_out(out) / "manifests" / "shards"
-    return place / _digest(origin(manifest), place, *sorted(defaults.items()))[:16]
+def folder_name(manifest: Place, out: Place, defaults: Mapping[str, str]) -> str:
+    """The name of the manifest's shards: of this manifest, output place and defaults only."""
+    place = storage.joined(storage.normal(out), _FOLDER)
+    return _digest(origin(manifest), place, *sorted(defaults.items()))[:16]
 
 
 def split(
-    manifest: str,
-    out: str,
+    manifest: Place,
+    out: Place,
     defaults: Mapping[str, str],
     *,
     rows: int,
@@ -56,9 +56,10 @@ def split(
     """The rows to do in shards of `rows`, each written when it is asked for; rows that can't be rendered as they are.
 
     held: ids of rows that are left out, as another shard has them.
-    Raises ManifestError, ResultsError, OutputError.
+    Raises ManifestError, ResultsError, OutputError, StorageTimeout.
     """
-    place, parent, held = folder(manifest, out, defaults), origin(manifest), frozenset(held)
+    out, parent, held = storage.normal(out), origin(manifest), frozenset(held)
+    inside = f"{_FOLDER}/{folder_name(manifest, out, defaults)}"
     batch: list[Job] = []
     for item in plan(manifest, out, defaults, verify=verify):
         if isinstance(item, Unready):
@@ -66,22 +67,22 @@ def split(
         elif isinstance(item, Job) and item.row.id not in held:
             batch.append(item)
             if len(batch) == rows:
-                yield _written(place, parent, batch)
+                yield _written(out, inside, parent, batch)
                 batch = []
     if batch:
-        yield _written(place, parent, batch)
+        yield _written(out, inside, parent, batch)
 
 
-def ids(shard: Path) -> list[str]:
+def ids(shard: Place) -> list[str]:
     """The rows of a shard; none if its file is gone. Not read as rows: without the run's defaults they may be bad."""
     import pyarrow.parquet as pq
 
-    if not shard.is_file():
+    if not is_there(shard):
         return []
-    return pq.read_table(shard, columns=["id"])["id"].to_pylist()
+    return pq.read_table(local_source(str(shard)), columns=["id"])["id"].to_pylist()
 
 
-def outcome(manifest: str, out: str, defaults: Mapping[str, str]) -> Counter[str]:
+def outcome(manifest: Place, out: Place, defaults: Mapping[str, str]) -> Counter[str]:
     """How many rows of the manifest are `ok`, `failed` or `open` (to be rendered), by the results table."""
     failed = ResultStore(out).failed()
     counts: Counter[str] = Counter()
@@ -90,23 +91,24 @@ def outcome(manifest: str, out: str, defaults: Mapping[str, str]) -> Counter[str
     return counts
 
 
-def sweep(manifest: str, out: str, defaults: Mapping[str, str]) -> None:
+def sweep(manifest: Place, out: Place, defaults: Mapping[str, str]) -> None:
     """Remove the shards: nothing is left to do with them."""
-    place = folder(manifest, out, defaults)
-    for shard in place.glob("*.parquet"):
-        shard.unlink(missing_ok=True)
-    try:
-        place.rmdir()
-    except OSError:
-        return  # another run has just written there
+    out, inside = storage.normal(out), f"{_FOLDER}/{folder_name(manifest, out, defaults)}"
+    storage.remove_all(out, [entry.key for entry in storage.entries(out, inside) if entry.key.endswith(".parquet")])
+    if not storage.is_remote(out):
+        with suppress(OSError):  # another run has just written there
+            Path(out, inside).rmdir()
 
 
-def _written(place: Path, parent: str, jobs: list[Job]) -> Shard:
+def _written(out: Place, inside: str, parent: str, jobs: list[Job]) -> Shard:
     name = _digest(*(job.job_id for job in jobs))
-    path = place / f"{name}.parquet"
-    if not path.exists():
-        write_shard(path, parent, [job.row for job in jobs])
-    return Shard(name, path, len(jobs), jobs[0].row.number, jobs[-1].row.number)
+    key = f"{inside}/{name}.parquet"
+    if storage.head(out, key) is None:
+        write_shard(out, key, parent, [job.row for job in jobs])
+    path = storage.joined(out, key)
+    return Shard(
+        name, path if storage.is_remote(out) else Path(path), len(jobs), jobs[0].row.number, jobs[-1].row.number
+    )
 
 
 def _digest(*parts: object) -> str:

@@ -23,6 +23,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t2vz import files
 from t2vz.errors import OutputError, ResultsError, StorageTimeout, T2VZError, translate
 
 Place = str | Path
@@ -257,6 +258,36 @@ def upload(path: Path, place: Place, key: str, attributes: dict[str, str] | None
     with translating_storage(place), path.open("rb") as file:
         # A folder has no place to keep attributes in.
         obstore.put(store(place), key, file, **({"attributes": attributes} if is_remote(place) and attributes else {}))
+
+
+@contextmanager
+def whole(place: Place, key: str) -> Iterator[Path]:
+    """A local draft to write to, which becomes the object when the block ends well.
+
+    The operating system's errors with the draft pass.
+    """
+    if not is_remote(place):
+        with files.whole(Path(place, key)) as draft:
+            yield draft
+        return
+    if root := os.environ.get("T2VZ_WORKSPACE"):
+        os.makedirs(root, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="t2vz-", dir=root or None) as folder:
+        draft = Path(folder, key.rpartition("/")[2])
+        yield draft
+        upload(draft, place, key)
+
+
+def download(place: Place, key: str, path: Path) -> None:
+    """An object to a local file, or all below `key` to a folder of files of that name; both are new."""
+    below = [entry.key for entry in entries(place, key)]
+    with translating_storage(place):
+        if below:
+            path.mkdir(parents=True)
+        for one, target in [(one, path / one.rpartition("/")[2]) for one in below] or [(key, path)]:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as file:
+                file.writelines(stream(place, one))
 
 
 def ranges(place: Place, key: str, spans: list[tuple[int, int]]) -> list[bytes]:
