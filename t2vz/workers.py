@@ -41,7 +41,7 @@ STOP_S = 8.0  # what rows under way get to end at a step, before their worker is
 
 _LOOK_AHEAD = 1000  # jobs; a few MB, and enough for a model's rows to be done together
 _ATTEMPTS = 3  # at a row whose worker dies
-_RESTARTS = 5  # of a worker that finishes no row in between; deaths of a row alone in it don't count
+_RESTARTS = 5  # of a worker that finishes no row in between; a row alone in it may kill it besides
 _BACKOFF_S = 1.0  # before its second restart; doubled each time
 _STEP_EVENT_S = 0.25  # apart, of one row
 _LEAVE_S = 5.0
@@ -708,7 +708,8 @@ class Pool:
         if slot.ready:
             slot.missed_since = time.monotonic()
         slot.worker, slot.ready, slot.loaded, slot.fault = None, False, None, None
-        slot.failures += not slot.has_suspect  # what a row does that is alone in it is the row's fault
+        # What a row does that is alone in it is the row's fault; not without end, as the device may be broken.
+        slot.failures += not any(row.suspected and row.lost < _ATTEMPTS for row in slot.rows.values())
         if slot.failures <= self._restarts and not worker.in_process:
             pause_s = 0.0 if slot.failures == 1 else self._backoff_s * 2.0 ** (slot.failures - 2)
             slot.start_at = time.monotonic() + pause_s

@@ -455,7 +455,7 @@ def test_a_stopped_run_cancels_its_rows_and_leaves_no_worker(
 @pytest.mark.usefixtures("stub")
 def test_workers_that_all_die_fail_the_run_plainly(manifest: Write, flow_run: Any) -> None:
     path = manifest(*({"id": f"row-{i}", "prompt": "kill a boat", "seed": str(i)} for i in range(4)))
-    state = flow_run(path, executor="processes", max_attempts=20)
+    state = flow_run(path, executor="processes", max_attempts=20, in_flight=1)
     assert state.is_failed()
     assert "no worker can be kept alive" in state.message
     assert "SIGKILL" in state.message
