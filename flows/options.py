@@ -1,4 +1,4 @@
-"""What flows that start `render-manifest` let the user say about it, and how they word a summary."""
+"""What flows that start `render-manifest` let the user say about it."""
 
 from typing import Any
 
@@ -11,8 +11,3 @@ _FIELDS: dict[str, Any] = {
     name: (field.annotation, field) for name, field in RenderParameters.model_fields.items() if name not in _DECIDED
 }
 RenderOptions: Any = create_model("RenderOptions", **_FIELDS)
-
-
-def cell(text: str) -> str:
-    """The text as a cell of a Markdown table."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

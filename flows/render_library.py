@@ -17,8 +17,9 @@ from t2vz import library, storage
 from t2vz.library import Joined, Library
 from t2vz.render import Settings, opening
 from t2vz_flows.lifecycle import end_promptly, given_up
-from t2vz_flows.options import RenderOptions, cell
+from t2vz_flows.options import RenderOptions
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks, render_manifest
+from t2vz_flows.shown import cell
 
 _TOLD_SOURCES = 100  # in the summary artifact
 

@@ -78,7 +78,7 @@ def publish(
     ]
     if failures:
         lines += ["", "| failed row | stage | reason |", "| --- | --- | --- |"]
-        lines += [f"| {_cell(row.id)} | {row.error_stage} | {_cell(row.error_message or '')} |" for row in failures]
+        lines += [f"| {cell(row.id)} | {row.error_stage} | {cell(row.error_message or '')} |" for row in failures]
     if counts["failed"] > len(failures):
         lines += ["", f"… and {counts['failed'] - len(failures)} more in the table."]
     _taken(lambda: create_markdown_artifact("\n".join(lines), key="render-manifest", description="Summary of the run"))
@@ -94,8 +94,8 @@ def publish(
 def _sheet(pictures: list[tuple[ResultRow, bytes]]) -> str:
     """A markdown table of moving pictures, each with its row's id and prompt."""
     tiles = [
-        f"![{_cell(row.id)}](data:image/webp;base64,{base64.b64encode(picture).decode()})<br>"
-        f"**{_cell(row.id)}** ({row.mode})<br>{_cell((row.prompt or '')[:80])}"
+        f"![{cell(row.id)}](data:image/webp;base64,{base64.b64encode(picture).decode()})<br>"
+        f"**{cell(row.id)}** ({row.mode})<br>{cell((row.prompt or '')[:80])}"
         for row, picture in pictures
     ]
     columns = min(_COLUMNS, len(tiles))
@@ -105,7 +105,8 @@ def _sheet(pictures: list[tuple[ResultRow, bytes]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """The text as a cell of a Markdown table."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 

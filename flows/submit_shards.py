@@ -27,8 +27,9 @@ from t2vz.manifest import origin
 from t2vz.plan import Unready
 from t2vz.render import Settings, opening, record_unready
 from t2vz_flows.lifecycle import end_promptly, given_up
-from t2vz_flows.options import RenderOptions, cell
+from t2vz_flows.options import RenderOptions
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks
+from t2vz_flows.shown import cell
 
 _PAGE = 200  # runs in one answer of Prefect's API
 _TOLD_SHARDS = 50

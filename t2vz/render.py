@@ -155,7 +155,13 @@ def opening(settings: Settings) -> Iterator[None]:
                     shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                     lock.unlink(missing_ok=True)
             own = os.open(work / f"{settings.run_id}.run", os.O_CREAT | os.O_RDWR, 0o644)
-            fcntl.flock(own, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(own)
+                raise OutputError(
+                    f"run {settings.run_id} is still under way in another process; wait for its end, or stop it"
+                ) from None
             settings.workspace.mkdir(exist_ok=True)
             _sweep_snapshots(work / "snapshots")
     try:

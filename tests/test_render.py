@@ -145,3 +145,12 @@ def test_leftovers_of_dead_runs_are_swept_and_those_of_living_ones_kept(tmp_path
 def test_any_id_makes_a_plain_file_name(id, name):
     assert file_name(id) == name
     assert len(file_name(id * 100)) <= 80
+
+
+def test_a_run_is_not_begun_a_second_time_while_it_lives(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "out", "manifest.csv", "one")
+    with opening(settings):
+        with pytest.raises(OutputError, match="still under way"), opening(settings):
+            pass
+        with opening(replace(settings, run_id="other")):  # which has not been waiting for it
+            assert settings.workspace.is_dir()
