@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from clips import ffmpeg, make_clip
+from s3 import S3
 
+from t2vz import storage
 from t2vz.clip import Clip
 from t2vz.errors import ManifestError, OutputError, SourceError
 from t2vz.library import Cutting, Source, find, scan
@@ -125,6 +127,33 @@ def test_what_is_found(tmp_path: Path) -> None:
         list(find(tmp_path / "nowhere", out=out))
     with pytest.raises(ManifestError, match="glob"):
         list(find(folder, "/etc/*", out=out))
+
+
+@pytest.mark.parametrize(
+    "glob", ["**/*", "*", "*/*.webm", "**/*.mov", "a/**/*", "a/**", "*/*/*", "[ab]*.m?4", "**/a b/*"]
+)
+def test_on_s3_the_same_is_found_as_in_a_folder(s3: S3, tmp_path: Path, glob: str) -> None:
+    folder, bucket = tmp_path / "in", s3.bucket()
+    names = ("b.mp4", "a/deep/c.mov", "notes.txt", ".hidden.mp4", ".trash/d.mp4", "out/videos/e.mp4", "a/x.webm")
+    for name in (*names, "B.MP4", "a/deep/a b/é#1 100%.mov"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+        storage.put(bucket, f"in/{name}", b"")
+    storage.put(bucket, "in2/other.mp4", b"")
+    expected = find(folder, glob, out=folder / "out")
+    found = find(f"{bucket}/in/", glob, out=f"{bucket}/in/out")
+    assert {source.name for source in found} == {source.name for source in expected}
+    assert all(source.path == f"{bucket}/in/{source.name}" for source in found)
+    assert all(storage.get(*storage.split(source.path)) == b"" for source in found)
+
+
+def test_what_can_not_be_found_on_s3_is_told(s3: S3, tmp_path: Path) -> None:
+    assert find(f"{s3.bucket()}/nothing", out=tmp_path) == []
+    with pytest.raises(SourceError, match="no such bucket"):
+        find("s3://no-such-bucket/x", out=tmp_path)
+    for glob in ("/etc/*", "", "../*", "a**/x"):
+        with pytest.raises(ManifestError, match="glob"):
+            find(s3.bucket(), glob, out=tmp_path)
 
 
 def test_rows_are_planned_once_and_again_only_if_their_file_changes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from t2vz import storage
 from t2vz.columns import columns_table, with_table
 from t2vz.errors import ManifestError
 from t2vz.manifest import BadRow, Row, read
@@ -376,6 +377,21 @@ def test_paths_are_relative_to_the_manifest(tmp_path, manifest, monkeypatch):
     assert a.depth_model == str(tmp_path.parent / "d")
     assert (b.condition_video, b.model) == ("/abs/s.mp4", "sd15")
     assert (c.source, c.model) == ("s3://bucket/c.mp4", "org/model")
+
+
+def test_a_manifest_on_s3(s3, manifest):
+    bucket = s3.bucket()
+    header = "mode,prompt,source,condition,model\n"
+    path = manifest(header + "control,a,clips/../c.mp4,edge,sd15\ncontrol,b,/abs/s.mp4,pose,\nedit,c,../d.mp4,,x\n")
+    storage.upload(path, bucket, "deep/rows.csv")
+    a, b, c = specs(f"{bucket}/deep/rows.csv")
+    assert [spec.source for spec in (a, b, c)] == [f"{bucket}/deep/c.mp4", "/abs/s.mp4", f"{bucket}/d.mp4"]
+    assert (a.model, c.model) == ("sd15", "x")
+    with pytest.raises(ManifestError, match=rf"^{bucket}/none.csv: no such object"):
+        read(f"{bucket}/none.csv")
+    storage.put(bucket, "bad.csv", b"promt\na\n")
+    with pytest.raises(ManifestError, match=rf"^{bucket}/bad.csv: .*did you mean 'prompt'"):
+        read(f"{bucket}/bad.csv")
 
 
 # --- the size of it, and the documentation ---------------------------------------------------------------

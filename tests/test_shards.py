@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from clips import make_clip
+from s3 import S3
 
-from t2vz import shards
+from t2vz import shards, storage
 from t2vz.manifest import BadRow, origin, read
 from t2vz.plan import Job, Unready, plan
 from t2vz.shards import Shard
@@ -97,3 +98,24 @@ def test_a_shard_of_a_shard_is_the_manifests(manifest: Path, tmp_path: Path) -> 
     (row,) = read(inner.path, DEFAULTS)
     assert not isinstance(row, BadRow)
     assert row == next(iter(read(manifest, DEFAULTS)))
+
+
+def test_shards_on_s3(manifest: Path, s3: S3) -> None:
+    out = f"{s3.bucket()}/runs/"
+    jobs = [item for item in plan(manifest, None, DEFAULTS) if isinstance(item, Job)]
+    pieces = [item for item in shards.split(str(manifest), out, DEFAULTS, rows=4) if isinstance(item, Shard)]
+    assert len(pieces) == 2
+    assert [item for piece in pieces for item in plan(piece.path, None, DEFAULTS)] == jobs
+    assert {origin(piece.path) for piece in pieces} == {str(manifest)}
+    assert shards.ids(pieces[0].path) == [job.row.id for job in jobs[:4]]
+    s3.requests()
+    again = [item for item in shards.split(str(manifest), out, DEFAULTS, rows=4) if isinstance(item, Shard)]
+    assert again == pieces
+    assert not [request for request in s3.requests() if request.startswith("PUT")], "they are there already"
+    other = shards.split(str(manifest), f"{s3.bucket()}/runs", DEFAULTS, rows=4)
+    assert {str(item.path).rsplit("/", 2)[1] for item in other if isinstance(item, Shard)} != {
+        str(pieces[0].path).rsplit("/", 2)[1]
+    }
+    shards.sweep(str(manifest), out, DEFAULTS)
+    assert shards.ids(pieces[0].path) == []
+    assert not list(storage.entries(out, "manifests", deep=True))

@@ -10,6 +10,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+from t2vz import storage
 from t2vz.media.encode import Encoded, checksum, publish
 from t2vz.render import Render
 from t2vz_flows.render_manifest import render_manifest
@@ -20,8 +21,9 @@ __all__ = ["render_manifest"]
 def _generate(self: Render) -> None:
     self.seconds["model"] = 0.0
     self.device = "cpu"
-    with Path(self.settings.out, "begun.txt").open("a") as begun:  # one write: runs at the same time may share it
-        begun.write(f"{self.job.row.id} {os.getpid()}\n")
+    if not storage.is_remote(self.settings.out):
+        with Path(self.settings.out, "begun.txt").open("a") as begun:  # one write: runs at the same time may share it
+            begun.write(f"{self.job.row.id} {os.getpid()}\n")
     for _ in range(10):
         self.settings.check_stopping()
         time.sleep(float(os.environ.get("STUB_STEP_S", "0.01")))

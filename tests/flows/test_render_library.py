@@ -10,7 +10,10 @@ import pytest
 from clips import ffmpeg, frames_of, lag_s, make_clip, sound_of
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from s3 import S3
 
+from t2vz import storage
+from t2vz.media.encode import Encoding, encode, publish
 from t2vz.media.probe import probe
 from t2vz.plan import Job, plan
 from t2vz.render import Render
@@ -117,6 +120,88 @@ def test_long_videos_are_cut_rendered_and_joined_with_their_sound(run: Callable[
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["render-library"]))
         )
     assert any("| deep/long.mp4 | joined | joined/deep_long.mp4-" in str(artifact.data) for artifact in artifacts)
+
+
+def _unchanged(self: Render) -> None:
+    """Instead of encoding what was generated: the source's own frames."""
+    assert self.clip is not None
+    suffix = "" if self.spec.format == "png" else f".{self.spec.format}"
+    made = encode(
+        [self.clip.frames],
+        self.workspace / f"video{suffix}",
+        width=self.clip.width,
+        height=self.clip.height,
+        rate_fps=self._rate_fps(),
+        encoding=Encoding.of(self.spec),
+    )
+    self.output_uri = f"videos/{self.job.row.id.replace('/', '_')}-{made.sha256[:12]}{suffix}"
+    self.encoded = publish(made, self.settings.out, self.output_uri)
+
+
+def _nothing(self: Render) -> None:
+    self.seconds["model"] = 0.0
+    self.device = "cpu"
+
+
+def test_sources_and_output_on_s3(
+    run: Callable[..., Any], s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Render, "_generate", _nothing)
+    monkeypatch.setattr(Render, "_encode", _unchanged)
+    bucket = s3.bucket()
+    out, long = f"{bucket}/styled", "deep/a long #1.mp4"
+    source = make_clip(tmp_path / "long.mp4", 2)
+    storage.upload(source, bucket, f"in/{long}")
+    storage.upload(make_clip(tmp_path / "short.mp4", 0.5, sound=False), bucket, "in/short.mp4")
+    places = {"folder": f"{bucket}/in", "out": out}
+
+    def videos() -> list[str]:
+        keys = (entry.key for entry in storage.entries(out, "joined", deep=True))
+        return sorted(key for key in keys if not key.endswith(".json"))
+
+    state = run(**places)
+    assert told(state) == {"sources": 2, "rows": 4, "ok": 4, "joined": 1}, state.message
+    rows = {row.id: row for row in read(out)}
+    parts = [rows[f"{long}#00{i}"] for i in range(3)]
+    assert {row.source_uri for row in parts} == {f"{bucket}/in/{long}"}
+    (key,) = videos()
+    files = [tmp_path / f"{number}.mp4" for number in range(4)]
+    for file, uri in zip(files, [key, *(str(row.output_uri) for row in parts)], strict=True):
+        file.write_bytes(storage.get(out, uri) or b"")
+    whole = frames_of(files[0], 64, 64)
+    assert len(whole) == 12
+    assert np.array_equal(whole, np.concatenate([frames_of(file, 64, 64) for file in files[1:]]))
+    assert abs(lag_s(sound_of(files[0]), sound_of(source))) <= 0.001
+    assert [path.name for path in storage.workspace(out).iterdir()] == ["sweep.lock"]
+
+    # What is there is known again: nothing is probed, rendered or put; nothing but the library's state.
+    s3.requests()
+    with monkeypatch.context() as known:
+        known.setattr("t2vz.media.join.join", lambda *_, **__: pytest.fail("it is joined"))
+        assert told(run(**places)) == {"sources": 2, "rows": 4, "done": 4, "kept": 1}
+    put = {request.rpartition("/styled/")[2] for request in s3.requests() if request.startswith("PUT")}
+    assert {name for name in put if not name.startswith("runs/")} == {
+        "manifests/library.parquet",
+        "manifests/library.cuts.json",
+    }
+    # A joined video that is gone is made again; one of a changed source takes the old one's place.
+    storage.remove(out, key)
+    assert told(run(**places)) == {"sources": 2, "rows": 4, "done": 4, "joined": 1}
+    assert videos() == [key]
+    storage.upload(make_clip(tmp_path / "other.mp4", 2, picture="mandelbrot"), bucket, f"in/{long}")
+    assert told(run(**places)) == {"sources": 2, "rows": 4, "ok": 3, "done": 1, "joined": 1}
+    (other,) = videos()
+    assert other != key
+    # Folders of images, too.
+    state = run(**places, style=STYLE | {"format": "png"}, name="images")
+    assert told(state) == {"sources": 2, "rows": 4, "ok": 4, "joined": 1}
+    assert len([key for key in videos() if key.endswith(".png")]) == 12
+    assert told(run(**places, style=STYLE | {"format": "png"}, name="images")) == {
+        "sources": 2,
+        "rows": 4,
+        "done": 4,
+        "kept": 1,
+    }
 
 
 def plan_of_one_row(source: Path, folder: Path) -> list[Job]:

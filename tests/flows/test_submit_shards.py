@@ -15,13 +15,16 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelled, Crashed
+from s3 import S3
 
+from t2vz import storage
 from t2vz.plan import Job, plan
 from t2vz.results import read
 from t2vz_flows.submit_shards import ShardParameters, submit_shards
 
 Write = Callable[..., Path]
 STUB = "tests/flows/stub_stages.py:render_manifest"
+CLIP = Path(__file__).parents[2] / "manifests" / "clips" / "ball.mp4"
 
 
 @pytest.fixture
@@ -96,6 +99,37 @@ def test_two_workers_and_a_kill(manifest: Write, pool: str, worker: Callable[...
     assert list((out / "manifests" / "shards").iterdir()) == []
     assert counted(submit_shards(parameters(path, pool), return_state=True)) == {"ok": 6, "failed": 1}
     assert begun(out) == starts
+
+
+def test_machines_that_share_nothing_but_the_api_and_s3(
+    manifest: Write, s3: S3, pool: str, worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    """The manifest, its source beside it, shards and videos are on S3; the worker has folders of its own."""
+    bucket = s3.bucket()
+    url, out = f"{bucket}/in/rows.csv", f"{bucket}/runs"
+    control = {"mode": "control", "source": "clips/ball.mp4", "condition": "edge", "guidance_scale": "2"}
+    local = manifest({"id": "a"}, {"id": "b", **control}, {"id": "c"}, {"id": "gone", **control, "source": "no.mp4"})
+    storage.upload(local, bucket, "in/rows.csv")
+    local.unlink()
+    storage.upload(CLIP, bucket, "in/clips/ball.mp4")
+    given = parameters(local, pool).model_copy(update={"manifest": url, "out": out})
+    machine = worker(pool, T2VZ_WORKSPACE=str(tmp_path / "its-work"), T2VZ_CACHE_DIR=str(tmp_path / "its-cache"))
+
+    state = submit_shards(given, return_state=True)
+    log = machine.log.read_text()
+    assert counted(state) == {"ok": 3, "failed": 1, "shards_completed": 2}, (state.message, log[-2000:])
+    rows = {row.id: row for row in read(out)}
+    assert {row.manifest for row in rows.values()} == {url}
+    assert (rows["gone"].status, rows["gone"].error_class) == ("failed", "SourceMissing")
+    assert rows["b"].source_uri == f"{bucket}/in/clips/ball.mp4"
+    jobs = [item for item in plan(url, None) if isinstance(item, Job)]
+    for job in jobs:
+        row = rows[job.row.id]
+        assert (row.job_id, row.seed, row.row_number) == (job.job_id, job.seed, job.row.number)
+        assert storage.get(out, row.output_uri or "") == f"{job.job_id} {job.seed}".encode()
+    assert not list(storage.entries(out, "manifests", deep=True)), "nothing is left to do with the shards"
+    assert s3.secret not in log
+    assert counted(submit_shards(given, return_state=True)) == {"ok": 3, "failed": 1}
 
 
 def test_a_submitter_that_was_killed_finds_its_shards(
