@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -167,10 +168,14 @@ def launched() -> int:
 def _join(device: str) -> Any:
     from accelerate import PartialState
 
-    # Not told so, accelerate takes one process for all there is where there is no GPU.
-    state = PartialState(cpu=True) if device == "cpu" or not torch.cuda.is_available() else PartialState()
-    if state.device.type == "cpu":  # they share the cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // state.num_processes))
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():  # that it has set the threads, which is done below
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+        # Not told so, accelerate takes one process for all there is where there is no GPU.
+        state = PartialState(cpu=True) if device == "cpu" or not torch.cuda.is_available() else PartialState()
+    if state.device.type == "cpu":  # those of a machine share its cores
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(1, threads // beside))
     return state
 
 

@@ -1,5 +1,6 @@
 """One clip's frames over several processes: the same frames, and the evaluations add up."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_more_processes_than_gpus_are_refused_at_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UnexpectedError, match="4 processes, but 2 GPUs"), leading(4, "auto"):
         pass
+
+
+def test_processes_share_the_cores_and_say_nothing_of_it():
+    code = "import os, torch; torch.set_num_threads(8); from t2vz.modes.split import leading\n"
+    code += "with leading(2, 'cpu'): print(torch.get_num_threads(), flush=True)\nos._exit(0)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert done.stdout == "4\n", done.stderr[-3000:]
+    assert "OMP_NUM_THREADS" not in done.stderr
 
 
 def extra(name, columns, processes):
