@@ -2,12 +2,14 @@
 
 Nothing is removed that a result names or a living run is at, and no machine's clock decides that: a video is listed
 first, then the claims, then the results. So what a result names by then is kept, and what has none yet is of a row that
-a living run has claimed, or of nobody. What was put again meanwhile is another version, and stays.
+a living run has claimed, or of nobody. What was put again meanwhile is another version, and stays. A joined video is
+kept for as long as a result names any of its parts.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from t2vz import claims, storage
 from t2vz.errors import ResultsError
@@ -24,7 +26,7 @@ from t2vz.render import Settings, file_name, opening
 from t2vz.results import ResultStore
 from t2vz.storage import Entry, Place
 
-Kind = Literal["video", "strip", "workspace", "snapshot", "claim", "draft", "table file"]
+Kind = Literal["video", "joined video", "strip", "workspace", "snapshot", "claim", "draft", "table file"]
 
 _DRAFT = re.compile(r"#\d+$")  # what obstore writes to a folder before it renames it
 _DRAFT_KEPT_S = 3600
@@ -99,7 +101,7 @@ def maintain(out: Place, run_id: str, *, dry_run: bool = False, older_than: time
         forgotten = 0
         if before is not None:
             forgotten = len(_finished_before(store, before)) if dry_run else store.forget(before)
-        orphans = list(_orphans(out, store, before if dry_run else None))
+        orphans = list(_orphans(out, store, before if dry_run else None, run_id))
         unused = _table_files(out, store)
         items = [*dead, *(item for item, _ in orphans), *_snapshots(out, store), *_drafts(out), *unused]
         if not dry_run:
@@ -117,9 +119,12 @@ def _finished_before(store: ResultStore, before: datetime) -> list[str | None]:
     return table.filter(pc.less(table["finished_at"], before))["output_uri"].to_pylist()
 
 
-def _orphans(out: Place, store: ResultStore, before: datetime | None) -> Iterator[tuple[Item, list[Entry]]]:
+def _orphans(
+    out: Place, store: ResultStore, before: datetime | None, run_id: str
+) -> Iterator[tuple[Item, list[Entry]]]:
     """Videos and strips that no result names and no living run is at; the results before `before` count as gone."""
-    listed = {folder: _grouped(out, folder) for folder in ("videos", "strips")}
+    listed = {folder: _grouped(out, folder) for folder in ("videos", "strips", "joined")}
+    is_alone = not claims.living_runs(out) - {run_id}
     at_work = tuple(f"{file_name(claim.row)}-" for claim in claims.claimed(out) if claim.is_live)
     outputs = {finished.output_uri for finished in store.done().values()}
     outputs -= set() if before is None else set(filter(None, _finished_before(store, before)))
@@ -130,6 +135,34 @@ def _orphans(out: Place, store: ResultStore, before: datetime | None) -> Iterato
             if video not in named and not (at_work and name.startswith(at_work)):
                 size_bytes = sum(entry.size_bytes for entry in entries)
                 yield Item(kind, f"{folder}/{name}", size_bytes), entries  # type: ignore[arg-type]
+    yield from _unjoined(out, listed["joined"], outputs, is_alone)
+
+
+def _unjoined(
+    out: Place, listed: dict[str, list[Entry]], outputs: set[str], is_alone: bool
+) -> Iterator[tuple[Item, list[Entry]]]:
+    """Joined videos of parts that no result names any more, with their records; those without a record, which a run
+    writes last: so only if there was none at work when they were listed."""
+    recorded = set()
+    for key, body in storage.get_all(out, [f"joined/{name}" for name in listed if name.endswith(".json")]):
+        record = _record(body)
+        name = str(record.get("output_uri")).rpartition("/")[2]
+        recorded.add(name)
+        if record and outputs.isdisjoint(record["parts"]):
+            entries = [*listed[key.rpartition("/")[2]], *listed.get(name, ())]
+            yield Item("joined video", f"joined/{name}", sum(entry.size_bytes for entry in entries)), entries
+    for name, entries in listed.items():
+        if is_alone and not name.endswith(".json") and name not in recorded:
+            yield Item("joined video", f"joined/{name}", sum(entry.size_bytes for entry in entries)), entries
+
+
+def _record(body: bytes) -> dict[str, Any]:
+    """Of a joined video; empty if it is damaged."""
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("parts"), list) else {}
 
 
 def _grouped(out: Place, folder: str) -> dict[str, list[Entry]]:
@@ -196,7 +229,7 @@ def _table_files(out: Place, store: ResultStore) -> Iterator[Item]:
 def _remove(out: Place, orphans: list[tuple[Item, list[Entry]]], items: list[Item]) -> None:
     storage.remove_unchanged(out, {entry.key: entry for _, entries in orphans for entry in entries})
     for item in items:
-        if item.kind == "video" and not storage.is_remote(out):
+        if item.kind in ("video", "joined video") and not storage.is_remote(out):
             with suppress(OSError):  # a folder of images, empty now
                 Path(out, item.key).rmdir()
         elif item.kind in ("snapshot", "draft"):

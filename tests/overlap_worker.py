@@ -37,7 +37,7 @@ def main() -> None:
             draft.write_text(f"video of {self.job.job_id}")
             sha256, size_bytes = checksum(draft)
             done = Encoded(draft, sha256, size_bytes, draft.stat().st_mtime_ns, 64, 64, 1, Fraction(4), "h264", False)
-            self.output_uri = f"videos/{self.job.job_id}-{sha256[:12]}.mp4"
+            self.output_uri = f"videos/{render.file_name(self.job.row.id)}-{sha256[:12]}.mp4"  # as `Render` names it
             self.encoded = publish(done, settings.out, self.output_uri)
 
     def ended(job: Job) -> Iterator[Job]:

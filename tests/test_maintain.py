@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -100,6 +101,37 @@ def test_old_results_and_their_videos_go_only_when_asked(out):
     assert old not in str(names(out))
 
 
+def join(out: Place, name: str, *parts: str) -> None:
+    """What the joining of a library's source leaves: a video (a folder of images without a suffix), and its record."""
+    for key in (f"joined/{name}",) if "." in name else (f"joined/{name}/1.png", f"joined/{name}/2.png"):
+        storage.put(out, key, b"12345")
+    record = {"output_uri": f"joined/{name}", "parts": [f"videos/{part}" for part in parts]}
+    storage.put(out, f"joined/of-{name}.json", json.dumps(record).encode())
+
+
+def test_a_joined_video_goes_with_the_results_of_its_parts(out):
+    old, young = finish(out, "old", timedelta(days=40)), finish(out, "young")
+    join(out, "kept.mp4", old, young)
+    join(out, "images", old)
+    join(out, "gone.mp4", old)
+    storage.put(out, "joined/lost.mp4", b"12345")  # by a run that was killed before it wrote the record
+
+    def joined() -> set[str]:
+        return {entry.key for entry in storage.entries(out, "joined", deep=True)}
+
+    everything = joined()
+    with claims.living(out, "joining"):
+        assert "joined video" not in maintain(out, "m").counts(), "that run may be about to write it"
+        assert joined() == everything
+    assert maintain(out, "m").counts() == {"joined video": (1, 5)}
+    assert joined() == everything - {"joined/lost.mp4"}
+    told = maintain(out, "m", dry_run=True, older_than=timedelta(days=30))
+    assert told.counts()["joined video"][0] == 2
+    assert maintain(out, "m", older_than=timedelta(days=30)).counts() == told.counts()
+    assert joined() == {"joined/kept.mp4", "joined/of-kept.mp4.json"}
+    assert storage.is_remote(out) or not Path(out, "joined", "images").exists()
+
+
 def test_a_video_that_is_put_again_while_it_is_looked_at_stays(out, monkeypatch):
     finish(out, "a")
     storage.put(out, "videos/again-1.mp4", b"1")
@@ -173,13 +205,13 @@ def test_beside_runs_that_work_it_takes_nothing_from_them(tmp_path, where, reque
         running = [start("one", 12), start("two", 12)]
         told(running[0], "open")
         told(running[0], "row", "skipped")
-        rounds, swept = 0, 0
+        rounds, swept = 0, []
         while any(process.poll() is None for process in running):
-            swept += len(maintain(out, f"m{rounds}").items)
+            swept += maintain(out, f"m{rounds}").items
             rounds += 1
         assert min(map(ended, running)) == 0
     assert rounds > 1
-    assert swept == 0
+    assert swept == []
     assert set(renderings(rendered).values()) == {1}
     check(out, count)
 
