@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from t2vz.errors import T2VZError
 from t2vz.maintain import Report, maintain
 from t2vz_flows.render_manifest import hide_tracebacks
+from t2vz_flows.shown import taken
 
 _TOLD_ITEMS = 200  # in the artifact
 
@@ -79,7 +80,6 @@ def _publish(parameters: MaintainParameters, report: Report) -> None:
         lines += [f"| {item.kind} | `{item.key}` | {item.size_bytes:,} |" for item in report.items[:_TOLD_ITEMS]]
     if len(report.items) > _TOLD_ITEMS:
         lines += ["", f"… and {len(report.items) - _TOLD_ITEMS} more."]
-    try:
-        create_markdown_artifact("\n".join(lines), key="maintain", description="What was removed, or would be")
-    except Exception as error:  # a picture of what is done: no reason to fail
-        get_run_logger().warning("Prefect did not take the summary artifact: %s", error)
+    taken(
+        lambda: create_markdown_artifact("\n".join(lines), key="maintain", description="What was removed, or would be")
+    )

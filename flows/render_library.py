@@ -19,7 +19,7 @@ from t2vz.render import Settings, opening
 from t2vz_flows.lifecycle import end_promptly, given_up
 from t2vz_flows.options import RenderOptions
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks, render_manifest
-from t2vz_flows.shown import cell
+from t2vz_flows.shown import cell, taken
 
 _TOLD_SOURCES = 100  # in the summary artifact
 
@@ -144,7 +144,4 @@ def _publish(parameters: LibraryParameters, found: Library, message: str, joined
     if len(told) > _TOLD_SOURCES:
         lines += ["", f"… and {len(told) - _TOLD_SOURCES} more."]
     lines += ["", *(f"- left out: {cell(reason)}" for reason in found.left_out[:_TOLD_SOURCES])]
-    try:
-        create_markdown_artifact("\n".join(lines), key="render-library", description="Summary of the run")
-    except Exception as error:  # a picture of the results, which are safe: no reason to fail
-        get_run_logger().warning("Prefect did not take the summary artifact: %s", error)
+    taken(lambda: create_markdown_artifact("\n".join(lines), key="render-library", description="Summary of the run"))

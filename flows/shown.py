@@ -19,6 +19,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from t2vz.events import counted
 from t2vz.results import ResultRow
 from t2vz.sheet import moving_thumbnail
 
@@ -47,24 +48,17 @@ class Progress:
         self._told_at = time.monotonic()
         percent, said = min(100.0, 100.0 * counts.total() / self.total), message(counts)
         if self._artifact is None:
-            self._artifact = _taken(
+            self._artifact = taken(
                 lambda: create_progress_artifact(percent, key="render-progress", description=f"Rows: {said}")
             )
         else:
             artifact = self._artifact
-            _taken(lambda: update_progress_artifact(artifact, percent, description=f"Rows: {said}"))
+            taken(lambda: update_progress_artifact(artifact, percent, description=f"Rows: {said}"))
 
 
 def message(counts: Counter[str]) -> str:
     """The counts by status in words."""
-    said = {
-        "ok": "rendered",
-        "failed": "failed",
-        "elsewhere": "done by another run",
-        "skipped": "left to another run that is at them",
-        "done": "done before",
-    }
-    return ", ".join(f"{counts[status]} {word}" for status, word in said.items() if counts[status]) or "no rows"
+    return counted(counts) or "no rows"
 
 
 def publish(
@@ -81,14 +75,14 @@ def publish(
         lines += [f"| {cell(row.id)} | {row.error_stage} | {cell(row.error_message or '')} |" for row in failures]
     if counts["failed"] > len(failures):
         lines += ["", f"… and {counts['failed'] - len(failures)} more in the table."]
-    _taken(lambda: create_markdown_artifact("\n".join(lines), key="render-manifest", description="Summary of the run"))
+    taken(lambda: create_markdown_artifact("\n".join(lines), key="render-manifest", description="Summary of the run"))
     if failures:
         description = f"{counts['failed']} rows that failed" + ("" if counts["failed"] == len(table) else ": the first")
-        _taken(lambda: create_table_artifact(table, key="failed-rows", description=description))
-    pictures = [(row, picture) for row in finished if (picture := _taken(partial(moving_thumbnail, out, row)))]
+        taken(lambda: create_table_artifact(table, key="failed-rows", description=description))
+    pictures = [(row, picture) for row in finished if (picture := taken(partial(moving_thumbnail, out, row)))]
     if pictures:
         sheet = _sheet(pictures)
-        _taken(lambda: create_markdown_artifact(sheet, key="contact-sheet", description="Rows that were rendered"))
+        taken(lambda: create_markdown_artifact(sheet, key="contact-sheet", description="Rows that were rendered"))
 
 
 def _sheet(pictures: list[tuple[ResultRow, bytes]]) -> str:
@@ -110,7 +104,8 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
-def _taken(make: Callable[[], Any]) -> Any:
+def taken(make: Callable[[], Any]) -> Any:
+    """What `make` makes in Prefect; None, and a line in the log, if Prefect does not take it."""
     try:
         return make()
     except Exception as error:

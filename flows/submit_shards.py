@@ -29,7 +29,7 @@ from t2vz.render import Settings, opening, record_unready
 from t2vz_flows.lifecycle import end_promptly, given_up
 from t2vz_flows.options import RenderOptions
 from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks
-from t2vz_flows.shown import cell
+from t2vz_flows.shown import cell, taken
 
 _PAGE = 200  # runs in one answer of Prefect's API
 _TOLD_SHARDS = 50
@@ -232,7 +232,4 @@ def _publish(parameters: ShardParameters, message: str, troubles: list[tuple[str
         lines += [f"| {cell(rows)} | {cell(what)} |" for rows, what in troubles[:_TOLD_SHARDS]]
     if len(troubles) > _TOLD_SHARDS:
         lines += ["", f"… and {len(troubles) - _TOLD_SHARDS} more."]
-    try:
-        create_markdown_artifact("\n".join(lines), key="submit-shards", description="Summary of the run")
-    except Exception as error:  # a picture of the results, which are safe: no reason to fail
-        get_run_logger().warning("Prefect did not take the summary artifact: %s", error)
+    taken(lambda: create_markdown_artifact("\n".join(lines), key="submit-shards", description="Summary of the run"))

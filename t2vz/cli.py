@@ -452,19 +452,13 @@ def _interruptible(console: Console) -> Iterator[None]:
 
 def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
     """The closing summary: a line a row if they are few, the counts, where things are, what to know."""
+    from t2vz.events import counted
     from t2vz.results import read
 
     if not quiet and 0 < summary.get("ok", 0) + summary.get("failed", 0) <= _TOLD_ROWS:
         for row in read(out, all=True).where(run_id=summary["run_id"]):
             click.echo(_row_line(out, row))
-    said = {
-        "ok": "rendered",
-        "failed": "failed",
-        "elsewhere": "done by another run",
-        "skipped": "left to another run that is at them",
-        "done": "done before",
-    }
-    click.echo(", ".join(f"{summary[status]} {word}" for status, word in said.items() if summary.get(status)))
+    click.echo(counted(summary))
     click.echo(f"videos in {os.path.join(out, 'videos')}; the table: t2vz results {out}")
 
 

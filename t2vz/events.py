@@ -5,7 +5,7 @@ A listener must not raise and must be quick: it is called in the thread that wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +28,20 @@ class Event:
     status: str = ""
     message: str = ""
     row: Any = None
+
+
+_OUTCOMES = {
+    "ok": "rendered",
+    "failed": "failed",
+    "elsewhere": "done by another run",
+    "skipped": "left to another run that is at them",
+    "done": "done before",
+}
+
+
+def counted(rows: Mapping[str, Any]) -> str:
+    """A run's rows by how they ended, in words; empty if there are none."""
+    return ", ".join(f"{rows[status]} {word}" for status, word in _OUTCOMES.items() if rows.get(status))
 
 
 Listener = Callable[[Event], None]

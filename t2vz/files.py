@@ -1,8 +1,9 @@
-"""files: a file that appears at its place whole, on the disk, or not at all."""
+"""Files and folders: written whole, brought to the disk, removed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,15 @@ def whole(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.draft")
     try:
         yield draft
-        _sync(draft)
+        sync(draft)
         draft.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
     if os.name != "posix" and path.is_dir():
         return  # folders can't be opened there
     descriptor = os.open(path, os.O_RDONLY)
@@ -34,3 +36,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; nothing if it is not there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

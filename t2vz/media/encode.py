@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from t2vz import storage
 from t2vz.clip import AudioReference
 from t2vz.errors import EncodeError, OutputError, T2VZError, translate
+from t2vz.files import remove, sync
 from t2vz.media.av_source import AV_ERRORS
 from t2vz.media.soundtrack import Soundtrack, soundtrack
 from t2vz.spec import FORMAT_CODECS, JobSpec
@@ -189,7 +189,7 @@ def publish(encoded: Encoded, out: Place, key: str) -> Encoded:
         type_of = _CONTENT_TYPES.get(path.suffix or Path(key).suffix, "application/octet-stream")
         attributes = {"Content-Type": type_of} | ({} if is_folder else {"sha256": encoded.sha256})
         storage.upload(path, out, f"{key}/{path.name}" if is_folder else key, attributes)
-    _remove(encoded.path)
+    remove(encoded.path)
     return replace(encoded, path=Path(key), mtime_ns=0)  # of objects the checksum in their name is proof enough
 
 
@@ -202,7 +202,7 @@ def _publish_locally(encoded: Encoded, final_path: Path) -> Encoded:
                 if checksum(final_path)[0] == encoded.sha256:
                     for file in (final_path, *(final_path.iterdir() if final_path.is_dir() else ())):
                         os.utime(file)  # or it may be swept as an old file that no result names
-                    _remove(encoded.path)
+                    remove(encoded.path)
                     warnings = (*warnings, "the same output was there already")
                 else:
                     _replace(encoded.path, final_path)
@@ -218,7 +218,7 @@ def _publish_locally(encoded: Encoded, final_path: Path) -> Encoded:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another run published it in this moment
                 return _publish_locally(encoded, final_path)
             raise
-        _sync_one(final_path.parent)
+        sync(final_path.parent)
         return replace(encoded, path=final_path, mtime_ns=final_path.stat().st_mtime_ns, warnings=warnings)
 
 
@@ -467,29 +467,12 @@ def _removed_on_error(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _remove(path)
+        remove(path)
         raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
     """Bring a file, or a folder and its files, to the disk."""
     for file in path.iterdir() if path.is_dir() else ():
         _sync(file)
-    _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return  # folders can't be opened there
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

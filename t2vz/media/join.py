@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from t2vz.clip import AudioReference
 from t2vz.errors import EncodeError, translating
+from t2vz.files import remove, sync
 from t2vz.media.av_source import decoded, open_source, video_stream
 from t2vz.media.decode import cover, decode
 from t2vz.media.encode import METADATA_FILE, Encoded, Encoding, checksum, encode
@@ -57,7 +57,7 @@ def join(
                 return _encoded_anew(parts, path, frames, rate_fps, encoding, audio, metadata or {}, reason)
             return _copied(parts, path, orders, rate_fps, encoding, audio, metadata or {})
     except BaseException:
-        _remove(path)
+        remove(path)
         raise
 
 
@@ -148,7 +148,7 @@ def _copied(
                     if track is not None:
                         track.write_until(float(written * tick))
             offset += len(order.numbers)
-    _sync(path)
+    sync(path)
     return _described(
         path, size, offset, rate_fps, encoding.codec, track is not None and track.written, tuple(warnings)
     )
@@ -212,7 +212,7 @@ def _join_folders(
         for image in images:
             target = path / f"{number:06d}.png"
             shutil.copyfile(image, target)
-            _sync(target)
+            sync(target)
             number += 1
     size = image_size(path / "000000.png")
     return _described(path, size, number, rate_fps, "png", False, ())
@@ -241,18 +241,3 @@ def _described(
         audio_kept=audio_kept,
         warnings=warnings,
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

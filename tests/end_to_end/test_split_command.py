@@ -16,13 +16,20 @@ import pytest
 from PIL import Image
 
 from t2vz.results import ResultRow, read
-from t2vz.spec import t0_t1
 
 Write = Callable[..., Path]
 CLIP = Path(__file__).parents[2] / "manifests" / "clips" / "ball.mp4"
-FRAMES, STEPS = 5, 6
+FRAMES, STEPS, T0, T1 = 5, 6, 2, 3
 ROWS: tuple[dict[str, Any], ...] = (
-    {"id": "text", "seed": 1, "video_length": FRAMES, "num_inference_steps": STEPS, "t0": 2, "t1": 3, "format": "png"},
+    {
+        "id": "text",
+        "seed": 1,
+        "video_length": FRAMES,
+        "num_inference_steps": STEPS,
+        "t0": T0,
+        "t1": T1,
+        "format": "png",
+    },
     {"id": "edit", "seed": 2, "mode": "edit", "source": str(CLIP), "video_length": 4, "format": "png"},
 )
 
@@ -54,8 +61,7 @@ def test_clips_that_are_shared_are_the_same(write_manifest: Write, tmp_path: Pat
         assert np.abs(a - b).max() <= 1
         assert (a != b).mean() <= 1e-3
     # The anchor is made by both; in text mode alone up to t0 first.
-    (t0, t1) = t0_t1(_spec())
-    for id, extra in (("text", (STEPS - 1 - t0) + (t1 + 1)), ("edit", 3)):
+    for id, extra in (("text", (STEPS - 1 - T0) + (T1 + 1)), ("edit", 3)):
         made, needed = shared[id].unet_evaluations, whole[id].unet_evaluations
         assert made is not None
         assert needed is not None
@@ -70,12 +76,6 @@ def test_processes_that_were_launched_for_nothing_end(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "nothing to render" in done.stdout
-
-
-def _spec() -> Any:
-    from t2vz.spec import JobSpec
-
-    return JobSpec(prompt="x", num_inference_steps=STEPS, t0=2, t1=3)
 
 
 @pytest.mark.timeout(600)

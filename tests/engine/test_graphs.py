@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from small_unet import make_unet
 
 from t2vz.engine.attention import anchor_attention
 from t2vz.engine.graphs import Graphs
@@ -95,16 +95,7 @@ def test_forgetting_gives_the_recordings_back(device):
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_keys_and_values_stay_in_their_place_for_recordings(in_place):
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).requires_grad_(False)
+    unet = make_unet()
     text = torch.randn(2, 5, 32)
     with anchor_attention([unet], 2, in_place=in_place) as state:
         places, values = [], []

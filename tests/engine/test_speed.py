@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel
+from small_unet import make_unet
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,21 +13,6 @@ from t2vz.engine.attention import anchor_attention
 from t2vz.engine.speed import compile_regions, shared_beginning
 
 T = torch.tensor(500)
-
-
-def make_unet(in_channels=4):
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).requires_grad_(False)
 
 
 def clip(unet, same, *, attends="anchor", shared=False, cut_off=False):
