@@ -27,7 +27,8 @@ from prefect.settings import (
     temporary_settings,
 )
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 T = TypeVar("T")
 
 # Everything that a server does now and then, often: tests wait for it.
@@ -104,7 +105,9 @@ def _answers(api: str) -> bool:
 
 
 def deploy(entrypoint: str, name: str, pool: str, **options: Any) -> Any:
-    """Make a deployment of the flow at `entrypoint` (below the project's folder) in a process work pool; its id."""
+    """Make a deployment of the flow at `entrypoint` in a process work pool; its id. entrypoint: of a module, or of a
+    file in this folder: a worker copies the whole of a file's folder for each run, which must not be the project's with
+    the environment in it."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.flows import load_flow_from_entrypoint
@@ -119,7 +122,7 @@ def deploy(entrypoint: str, name: str, pool: str, **options: Any) -> Any:
         if flow is not None:
             options["parameter_openapi_schema"] = parameter_schema(flow).model_dump()
         return client.create_deployment(
-            flow_id, name, entrypoint=entrypoint, path=str(ROOT), work_pool_name=pool, **options
+            flow_id, name, entrypoint=entrypoint, path=str(HERE), work_pool_name=pool, **options
         )
 
 

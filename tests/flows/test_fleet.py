@@ -37,7 +37,7 @@ from t2vz_flows.render_library import LibraryParameters
 from t2vz_flows.submit_shards import ShardParameters
 
 Write = Callable[..., Path]
-STUB = "tests/flows/stub_stages.py:render_manifest"
+STUB = "stub_stages.py:render_manifest"
 REAL = "t2vz_flows.render_manifest.render_manifest"
 SLOW_ROW = {"num_inference_steps": "900", "video_length": "64"}
 

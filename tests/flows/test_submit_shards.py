@@ -23,7 +23,7 @@ from t2vz.results import read
 from t2vz_flows.submit_shards import ShardParameters, submit_shards
 
 Write = Callable[..., Path]
-STUB = "tests/flows/stub_stages.py:render_manifest"
+STUB = "stub_stages.py:render_manifest"
 CLIP = Path(__file__).parents[2] / "manifests" / "clips" / "ball.mp4"
 
 
