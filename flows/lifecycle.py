@@ -1,5 +1,6 @@
-"""How a run that a worker started ends: promptly when it is cancelled, and for good when it crashes again and again."""
+"""How runs begin and end: promptly if cancelled, for good if they crash again and again, without tracebacks."""
 
+import logging
 import os
 import signal
 import threading
@@ -10,9 +11,18 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.states import Failed
 
+from t2vz.errors import T2VZError
+
 MOST_CRASHES = 5
 _GRACE_S = 10.0  # rows have 8 s of them; a worker tells of a cancellation within some, and all shall be over in 15
 _EXIT_CODE = 128 + signal.SIGTERM
+
+
+def begin() -> Any:
+    """What every run of a flow that renders begins with; a state if it is to end in that at once, else None."""
+    hide_tracebacks()
+    end_promptly()
+    return given_up()
 
 
 def end_promptly(grace_s: float = _GRACE_S) -> None:
@@ -56,3 +66,16 @@ def given_up(most: int = MOST_CRASHES) -> Any:
     if crashes < most:
         return None
     return Failed(message=f"crashed {crashes} times: given up; see the logs of its tries, then start it again")
+
+
+def hide_tracebacks() -> None:
+    """Let Prefect's logs tell an error of ours by its message: it is expected, and says what to do."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    if error is None or isinstance(error, T2VZError):
+        record.exc_info = None
+    return True

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from t2vz.errors import T2VZError
 from t2vz.maintain import Report, maintain
-from t2vz_flows.render_manifest import hide_tracebacks
+from t2vz_flows.lifecycle import hide_tracebacks
 from t2vz_flows.shown import taken
 
 _TOLD_ITEMS = 200  # in the artifact

@@ -16,9 +16,9 @@ from pydantic import BaseModel, Field
 from t2vz import library, storage
 from t2vz.library import Joined, Library
 from t2vz.render import Settings, opening
-from t2vz_flows.lifecycle import end_promptly, given_up
+from t2vz_flows.lifecycle import begin
 from t2vz_flows.options import RenderOptions
-from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks, render_manifest
+from t2vz_flows.render_manifest import RenderParameters, render_manifest
 from t2vz_flows.shown import cell, taken
 
 _TOLD_SOURCES = 100  # in the summary artifact
@@ -75,9 +75,7 @@ def render_library(parameters: LibraryParameters) -> Any:
     Rows that fail, and sources whose parts wait for such a row, stop no others: a later run mends them. Raises
     SourceError (no such folder), ManifestError (a style that no row could have), OutputError.
     """
-    hide_tracebacks()
-    end_promptly()
-    if (end := given_up()) is not None:
+    if (end := begin()) is not None:
         return end
     found = library.scan(
         library.find(parameters.folder, parameters.glob, out=parameters.out),

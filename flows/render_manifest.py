@@ -5,7 +5,6 @@ table. Prefect starts and stops a run here, and shows it. Nothing goes through P
 results are stored there, and a history that it loses costs no result.
 """
 
-import logging
 import threading
 import time
 from collections import Counter
@@ -21,13 +20,13 @@ from prefect.states import Completed, Failed
 from pydantic import BaseModel, Field
 
 from t2vz import claims, events, metrics, storage, workers
-from t2vz.errors import T2VZError, UnexpectedError
+from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin, read
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import Retries, Settings, merge_results, opening, record_unready
 from t2vz.results import ResultRow
 from t2vz.workers import Feed, Outcome, Pool, placed
-from t2vz_flows.lifecycle import end_promptly, given_up
+from t2vz_flows.lifecycle import begin
 from t2vz_flows.rows import RowTasks, ShardTasks
 from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish
 
@@ -146,9 +145,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
     the manifest as a whole can't be used, OutputError if the output folder can't, WorkerDied if no worker can be kept
     alive.
     """
-    hide_tracebacks()
-    end_promptly()
-    if (end := given_up()) is not None:
+    if (end := begin()) is not None:
         return end
     settings = Settings(
         out=storage.normal(parameters.out),
@@ -290,16 +287,3 @@ def _merging(settings: Settings) -> Iterator[Callable[[], None]]:
         yield merge
         if merging is not None:
             merging.result()
-
-
-def hide_tracebacks() -> None:
-    """Let Prefect's logs tell an error of ours by its message: it is expected, and says what to do."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_without_traceback)
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-    if error is None or isinstance(error, T2VZError):
-        record.exc_info = None
-    return True

@@ -26,9 +26,9 @@ from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin
 from t2vz.plan import Unready
 from t2vz.render import Settings, opening, record_unready
-from t2vz_flows.lifecycle import end_promptly, given_up
+from t2vz_flows.lifecycle import begin
 from t2vz_flows.options import RenderOptions
-from t2vz_flows.render_manifest import RenderParameters, hide_tracebacks
+from t2vz_flows.render_manifest import RenderParameters
 from t2vz_flows.shown import cell, taken
 
 _PAGE = 200  # runs in one answer of Prefect's API
@@ -80,9 +80,7 @@ def submit_shards(parameters: ShardParameters) -> Any:
     Completed, or Failed if rows could not be rendered for lack of machines that live, or more failed than allowed.
     Raises ManifestError, OutputError, and UnexpectedError if there is no such deployment.
     """
-    hide_tracebacks()
-    end_promptly()
-    if (end := given_up()) is not None:
+    if (end := begin()) is not None:
         return end
     settings = Settings(
         out=storage.normal(parameters.out),

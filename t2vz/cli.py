@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from t2vz.errors import OutputError, T2VZError, UnexpectedError, UnknownModel, translate, translating
+from t2vz.processes import launched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -195,14 +196,14 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     from t2vz.plan import plan as planned
     from t2vz.quality import check_clip_model
 
-    launched = int(os.environ.get("WORLD_SIZE", "1"))  # processes, as torch's and accelerate's launchers tell it
-    if launched > 1 and os.environ.get("RANK", "0") != "0":
+    processes = launched()
+    if processes > 1 and os.environ.get("RANK", "0") != "0":
         from t2vz.modes.split import main
 
         main(options["device"])
-    if launched > 1 and split not in (None, launched):
-        raise click.UsageError(f"--split {split}, but {launched} processes were launched; leave it out")
-    split = split or launched
+    if processes > 1 and split not in (None, processes):
+        raise click.UsageError(f"--split {split}, but {processes} processes were launched; leave it out")
+    split = split or processes
     # Before anything heavy starts: a model or manifest that can't be used, or nothing to do.
     if options["clip_model"] is not None:
         check_clip_model(options["clip_model"])
@@ -211,10 +212,10 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     if all(isinstance(item, Done) for item in chain([] if first is None else [first], items)):
         why = f"{manifest} has no rows" if first is None else f"every row is done in {out}"
         click.echo(f"nothing to render: {why}")
-        if launched > 1:
+        if processes > 1:
             from t2vz.modes.split import leading
 
-            with leading(launched, options["device"]):
+            with leading(processes, options["device"]):
                 pass  # the other processes wait to be told
             _leave(OK)
         return OK

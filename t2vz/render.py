@@ -310,17 +310,13 @@ class Render:
         self.conditions = tuple(frames for frames, _ in made)
 
     def _generate(self) -> None:
-        from t2vz.engine.speed import compile_regions
         from t2vz.models.loading import load, native_px
         from t2vz.modes import Request, generate
 
         spec, clip, split = self.spec, self.clip, self.settings.split
         device = self._device()
         began = time.monotonic()
-        self.components = load(spec, device)
-        if self.settings.compiled:
-            for model in (self.components.unet, *self.components.controlnets):
-                compile_regions(model)
+        self.components = load(spec, device, compiled=self.settings.compiled)
         self.seconds["model"] = time.monotonic() - began
         if clip is None:
             native = native_px(spec)

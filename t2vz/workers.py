@@ -7,7 +7,6 @@ messages: `EXECUTORS` has the ways. Between the two go jobs, settings, events an
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
@@ -32,6 +31,7 @@ from typing import Any, Literal, Protocol, Self
 from t2vz.errors import DeviceLost, T2VZError, UnexpectedError, WorkerDied, translate
 from t2vz.events import Event, emit, listening
 from t2vz.plan import Done, Job, Unready
+from t2vz.processes import die_with_parent
 from t2vz.render import Settings, record_lost, resolve_device
 from t2vz.results import ResultRow
 from t2vz.window import Closed, Group, Window
@@ -381,8 +381,7 @@ def main(descriptor: int) -> None:
     for interruption in (signal.SIGINT, signal.SIGTERM):  # a terminal's Ctrl-C and a group's end reach all processes
         signal.signal(interruption, signal.SIG_IGN)  # at once; how the run ends is its parent's business
     parent, place, settings, function, level = connection.recv()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: bound to the thread that started this process
+    die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     logging.getLogger("t2vz").setLevel(level)

@@ -37,10 +37,11 @@ _BYTE_TOKENS = 512  # CLIP's tokenizer knows every byte, inside and at the end o
 _cache: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
 
-def load(spec: JobSpec, device: str) -> Components:
+def load(spec: JobSpec, device: str, *, compiled: bool = False) -> Components:
     """The row's model with its ControlNets and adapters, to compute on `device`. What rows share is loaded once a
     process while it is in use: adapters are put onto a model that stays as it is.
 
+    compiled: have torch compile its blocks (`engine.speed.compile_regions`).
     Raises UnknownModel, UnsupportedModel, ModelError, each naming the model and what to do.
     """
     base_key = ("base", table.base_identity(spec), spec.mode == "edit", *_place(spec, device))
@@ -58,7 +59,13 @@ def load(spec: JobSpec, device: str) -> Components:
     if spec.vae_tiling:
         parts = replace(parts, vae=twin(parts.vae))
         parts.vae.enable_tiling()
-    return _offloaded(parts) if spec.offload else parts
+    parts = _offloaded(parts) if spec.offload else parts
+    if compiled:
+        from t2vz.engine.speed import compile_regions
+
+        for model in (parts.unet, *parts.controlnets):
+            compile_regions(model)
+    return parts
 
 
 def _place(spec: JobSpec, device: str) -> tuple[Any, ...]:

@@ -9,9 +9,7 @@ each clip that they are told of. They are started here (`leading`), or by `accel
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +31,7 @@ from t2vz.errors import DeviceLost, T2VZError, UnexpectedError, translate
 from t2vz.models import loading
 from t2vz.models.loading import Components
 from t2vz.modes import Generated, Request, generate
+from t2vz.processes import die_with_parent, launched
 
 _STOP_S = 20.0
 _SHARED_BYTES = 1 << 20  # larger arrays go through a file, which all processes map into memory
@@ -104,9 +103,7 @@ def follow(device: str) -> None:
     while (task := _tell(None)) is not None:
         try:
             request = _restored(task.request)
-            components = loading.load(request.spec, device)
-            if task.compiled:
-                _compile(components)
+            components = loading.load(request.spec, device, compiled=task.compiled)
         except Exception as error:
             _from_all([translate(error, "generate")])
             continue
@@ -140,7 +137,7 @@ def leading(processes: int, device: str) -> Iterator[None]:
                     [sys.executable, "-m", "t2vz.modes.split", device],
                     env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=subprocess.DEVNULL,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                     start_new_session=True,  # out of reach of the terminal's Ctrl-C: the leader decides
                 )
             )
@@ -158,11 +155,6 @@ def leading(processes: int, device: str) -> Iterator[None]:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
-
-
-def launched() -> int:
-    """How many processes `accelerate launch` has started beside and with this one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _join(device: str) -> Any:
@@ -213,13 +205,6 @@ def _all_there() -> Iterator[None]:
         raise DeviceLost("a process that makes a part of each clip has ended") from error
 
 
-def _compile(components: Components) -> None:
-    from t2vz.engine.speed import compile_regions
-
-    for model in (components.unet, *components.controlnets):
-        compile_regions(model)
-
-
 def _nothing(*_: object) -> None:
     pass
 
@@ -247,10 +232,6 @@ def _restored(value: Any) -> Any:
     if isinstance(value, Request):
         return replace(value, **{name: _restored(each) for name, each in vars(value).items()})
     return value
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main(device: str) -> NoReturn:
