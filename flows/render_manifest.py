@@ -22,11 +22,14 @@ from pydantic import BaseModel, Field
 from t2vz import claims, events, metrics, storage, workers
 from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin, read
+from t2vz.media.limits import Limits
+from t2vz.models.policy import ModelPolicy
 from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import Retries, Settings, merge_results, opening, record_unready
 from t2vz.results import ResultRow
 from t2vz.workers import Feed, Outcome, Pool, placed
 from t2vz_flows.lifecycle import begin
+from t2vz_flows.limits import SourceLimits
 from t2vz_flows.rows import RowTasks, ShardTasks
 from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish
 
@@ -46,6 +49,16 @@ class StageRetries(BaseModel):
     backoff_s: float = Field(
         default=2.0, title="Backoff (s)", description="First delay; doubled each time, with jitter", ge=0, le=600
     )
+
+
+def source_limits(options: Any) -> Limits:
+    """Of RenderParameters or RenderOptions."""
+    return Limits(**options.limits.model_dump())
+
+
+def model_policy(options: Any) -> ModelPolicy:
+    """Of RenderParameters or RenderOptions."""
+    return ModelPolicy(options.allow_pickles, options.model_checksums)
 
 
 class RenderParameters(BaseModel):
@@ -95,6 +108,17 @@ class RenderParameters(BaseModel):
     )
     verify: bool = Field(
         default=False, title="Verify", description="Check the checksums of the videos that are done, not only sizes"
+    )
+    limits: SourceLimits = Field(
+        default=SourceLimits(), title="Source limits", description="What the rows' sources may be, and come from"
+    )
+    allow_pickles: bool = Field(
+        default=False,
+        title="Allow pickles",
+        description="Read the weights of openpose, hed, lineart and normal, which are pickles (tensors only)",
+    )
+    model_checksums: str | None = Field(
+        default=None, title="Model checksums", description="JSON file of {model: checksum}; only these are loaded"
     )
     quality: bool = Field(
         default=False, title="Quality", description="Measure the frames of every row: flicker, warp error, seams, drift"
@@ -152,6 +176,8 @@ def render_manifest(parameters: RenderParameters) -> Any:
         manifest=origin(parameters.manifest),
         run_id=str(runtime.flow_run.id),
         device=parameters.device,
+        limits=source_limits(parameters),
+        models=model_policy(parameters),
         quality=parameters.quality,
         clip_model=parameters.clip_model,
         compiled=parameters.compiled,
@@ -188,7 +214,12 @@ def render_manifest(parameters: RenderParameters) -> Any:
         try:
             with sharing, pool, _merging(settings) as merge:  # workers start while rows are planned
                 items = plan(
-                    parameters.manifest, parameters.out, defaults=parameters.defaults, verify=parameters.verify
+                    parameters.manifest,
+                    parameters.out,
+                    parameters.defaults,
+                    settings.limits,
+                    parameters.verify,
+                    settings.models,
                 )
                 ahead, whole = _ahead(items, parameters.max_row_tasks, counts)
                 progress = Progress()

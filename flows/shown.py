@@ -4,6 +4,7 @@ They are pictures of the results, which are safe: what Prefect does not take is 
 """
 
 import base64
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -101,7 +102,8 @@ def _sheet(pictures: list[tuple[ResultRow, bytes]]) -> str:
 
 def cell(text: str) -> str:
     """The text as a cell of a Markdown table."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|`*_\[\]!])", r"\\\1", plain)  # no links and pictures from elsewhere
 
 
 def taken(make: Callable[[], Any]) -> Any:

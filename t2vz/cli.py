@@ -5,6 +5,7 @@ Light: what renders is imported when it renders.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from t2vz.errors import OutputError, T2VZError, UnexpectedError, UnknownModel, translate, translating
+from t2vz.media.limits import SCHEMES, Limits
 from t2vz.processes import launched
 
 if TYPE_CHECKING:
@@ -106,20 +108,59 @@ _default_option: Callable[[Any], Any] = click.option(
 )
 
 
+def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of what sources and models the rows may name: the command's arguments `limits`, a dict of the fields of
+    `Limits`, `allow_pickles` and `model_checksums`.
+    """
+
+    @functools.wraps(command)
+    def gathered(**options: Any) -> Any:
+        return command(limits={limit.name: options.pop(limit.name) for limit in fields(Limits)}, **options)
+
+    checksums = "JSON file of {model: checksum}; only these are loaded."
+    pickles = "Read the annotators' weights, which are pickles (tensors only)."
+    click.option("--model-checksums", type=click.Path(), help=checksums)(gathered)
+    click.option("--allow-pickles", is_flag=True, help=pickles)(gathered)
+    for limit in reversed(fields(Limits)):
+        meaning: str = limit.metadata["meaning"]
+        if limit.name.startswith("max_"):
+            flag, whole = f"--{limit.name.replace('_', '-')}", isinstance(limit.default, int)
+            kind = click.IntRange(1) if whole else click.FloatRange(0, min_open=True)
+            click.option(flag, type=kind, default=limit.default, show_default=True, help=f"{meaning}.")(gathered)
+        else:
+            flag = f"--source-{limit.name.removesuffix('s')}"
+            choice = click.Choice(SCHEMES) if limit.name == "schemes" else None
+            click.option(
+                flag, limit.name, type=choice, multiple=True, default=limit.default, help=f"{meaning}. Repeatable."
+            )(gathered)
+    return gathered
+
+
 @cli.command(epilog=EPILOG)
 @click.argument("manifest", type=click.Path())
 @click.option("--out", type=click.Path(), help="Output folder: what is done there is counted as done.")
 @_default_option
+@_input_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool) -> int:
+def plan(
+    manifest: str,
+    out: str | None,
+    defaults: dict[str, str],
+    limits: dict[str, Any],
+    allow_pickles: bool,
+    model_checksums: str | None,
+    as_json: bool,
+) -> int:
     """Check MANIFEST and say what rendering it takes. Tells all problems at once; renders nothing."""
+    from t2vz.models.policy import ModelPolicy
     from t2vz.plan import Unready, summarise
     from t2vz.plan import plan as planned
 
+    policy = ModelPolicy(allow_pickles, model_checksums)
     unready: list[Unready] = []
 
     def items() -> Iterator[Job | Unready | Done]:
-        for item in planned(manifest, out, defaults):
+        for item in planned(manifest, out, defaults, Limits(**limits), models=policy):
             if isinstance(item, Unready):
                 unready.append(item)
             yield item
@@ -172,6 +213,7 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
     show_default=True,
     help="Rows under way at once in each worker; bounds the clips in memory.",
 )
+@_input_options
 @click.option("--max-failed", type=click.IntRange(0), help="More failed rows make the Prefect run Failed.")
 @click.option("--verify", is_flag=True, help="Check the checksums of finished videos, not only their sizes.")
 @click.option("--quality", is_flag=True, help="Measure the frames of every row: flicker, warp error, seams, drift.")
@@ -192,6 +234,7 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     """
     from rich.console import Console
 
+    from t2vz.models.policy import ModelPolicy
     from t2vz.plan import Done
     from t2vz.plan import plan as planned
     from t2vz.quality import check_clip_model
@@ -207,7 +250,8 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     # Before anything heavy starts: a model or manifest that can't be used, or nothing to do.
     if options["clip_model"] is not None:
         check_clip_model(options["clip_model"])
-    items = planned(manifest, out, defaults, verify=options["verify"])
+    policy = ModelPolicy(options["allow_pickles"], options["model_checksums"])
+    items = planned(manifest, out, defaults, Limits(**options["limits"]), options["verify"], policy)
     first = next(items, None)
     if all(isinstance(item, Done) for item in chain([] if first is None else [first], items)):
         why = f"{manifest} has no rows" if first is None else f"every row is done in {out}"

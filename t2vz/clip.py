@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,36 @@ def allocate(shape: tuple[int, ...], workspace: Path | None = None, dtype: Any =
     workspace: folder for that file, which has no name and goes with the array. None: the system's temporary
     folder. Raises OSError if the disk has no room.
     """
-    size_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if size_bytes <= MAX_IN_MEMORY_BYTES:
+    if _size_bytes(shape, dtype) <= MAX_IN_MEMORY_BYTES:
         return np.zeros(shape, dtype)
-    with tempfile.TemporaryFile(dir=workspace) as file:
+    array, file = mapped(shape, workspace, dtype)
+    file.close()
+    return array
+
+
+def mapped(
+    shape: tuple[int, ...], workspace: Path | None = None, dtype: Any = np.uint8
+) -> tuple[NDArray[Any], BinaryIO]:
+    """As `allocate`, always mapped to a file, and that file: another process that is handed it can map it, too.
+
+    Up to 256 MiB the file is in memory (Linux).
+    """
+    size_bytes = _size_bytes(shape, dtype)
+    if size_bytes <= MAX_IN_MEMORY_BYTES and hasattr(os, "memfd_create"):
+        file: BinaryIO = os.fdopen(os.memfd_create("frames"), "w+b")
+    else:
+        file = tempfile.TemporaryFile(dir=workspace)  # noqa: SIM115
+    try:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error in the middle
             os.posix_fallocate(file.fileno(), 0, size_bytes)
-        return np.memmap(file, dtype, "w+", shape=shape)
+        return np.memmap(file, dtype, "w+", shape=shape), file
+    except BaseException:
+        file.close()
+        raise
+
+
+def _size_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from t2vz.errors import (
 )
 from t2vz.manifest import BadRow, Problem, Row, meant, read
 from t2vz.media.limits import Limits
-from t2vz.media.local import naming, reading
+from t2vz.media.local import check_allowed, naming, reading
+from t2vz.models.policy import ModelPolicy
 from t2vz.results import Finished, ResultStore
 from t2vz.spec import MASK_SOURCES, MODEL_COLUMNS, TEXT_FRAMES, JobSpec, evaluations, job_id, seed_of
 from t2vz.storage import Place
@@ -108,11 +109,13 @@ def plan(
     defaults: Mapping[str, str] | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     verify: bool = False,
+    models: ModelPolicy = ModelPolicy(),  # noqa: B008 (frozen)
 ) -> Iterator[Job | Unready | Done]:
     """What each row of the manifest comes to, in its order, as it is asked for.
 
     out: the output folder whose results say what is done; None: nothing is.
     defaults: see `manifest.read`. verify: read every done output again, not its size and time only.
+    limits, models: what sources and models the rows may name.
 
     Raises ManifestError (the manifest as a whole), ResultsError and OutputError (the output folder). What is
     wrong with a row or its source is an `Unready` among the others.
@@ -122,7 +125,7 @@ def plan(
     rows = read(manifest, defaults)
     done, version = ({}, -1) if out is None else ResultStore(out).done_at()
     there = outputs(out, verify) if out is not None and done else None
-    return _planned(rows, done, version, there, limits)
+    return _planned(rows, done, version, there, limits, models)
 
 
 def check_out(out: Place) -> None:
@@ -233,14 +236,15 @@ def _planned(
     version: int,
     there: Callable[[Finished], bool] | None,
     limits: Limits,
+    models: ModelPolicy,
 ) -> Iterator[Job | Unready | Done]:
-    from t2vz.media.probe import probe
+    from t2vz.media.sandbox import probe
 
     @lru_cache(maxsize=256)  # rows that share a source mostly follow each other
     def probed(path: str) -> Probe:
         return probe(path, limits)
 
-    revision_of = _revisions()
+    revision_of = _revisions(models)
     for row in rows:
         if isinstance(row, BadRow):
             yield Unready(row.number, row.id, row.fingerprint, row.error, problems=row.problems)
@@ -249,13 +253,13 @@ def _planned(
         source = spec.condition_video or spec.source
         try:
             revision = revision_of(spec)
-            content = _content(spec)
+            content = _content(spec, limits)
             job = job_id(spec, revision, content)
             if there is not None and job in done and there(done[job]):
                 yield Done(job, row.id)
                 continue
             frames = _frames(spec, None if source is None else probed(source), limits)
-            _check_pictures(spec, frames, probed)
+            _check_pictures(spec, frames, probed, limits)
         except T2VZError as error:
             yield Unready(row.number, row.id, job_id(spec, f"unready {spec.model}", source), error, spec)
             continue
@@ -263,15 +267,17 @@ def _planned(
         yield Job(job, row, seed, revision, content, frames, evaluations(spec, frames), version)
 
 
-def _content(spec: JobSpec) -> str | None:
+def _content(spec: JobSpec, limits: Limits) -> str | None:
     """The fingerprints of the row's files, in the order of `spec.sources`."""
     from t2vz.media.fingerprint import fingerprint
 
     found = []
     if source := spec.condition_video or spec.source:
+        check_allowed(source, limits)
         found.append(fingerprint(source))
     if spec.mask_video is not None:
         with naming("foreground_mask"):
+            check_allowed(spec.mask_video, limits)
             try:
                 found.append(fingerprint(spec.mask_video))
             except SourceMissing as error:
@@ -279,13 +285,14 @@ def _content(spec: JobSpec) -> str | None:
                 raise SourceMissing(error.message + meant(Path(spec.mask_video).name, names)) from error
     if spec.ip_adapter_image is not None:
         with naming("ip_adapter_image"):
+            check_allowed(spec.ip_adapter_image, limits)
             found.append(fingerprint(spec.ip_adapter_image))
     return "+".join(found) or None
 
 
-def _check_pictures(spec: JobSpec, frames: int, probed: Callable[[str], Probe]) -> None:
+def _check_pictures(spec: JobSpec, frames: int, probed: Callable[[str], Probe], limits: Limits) -> None:
     """Raise SourceError and its kinds, ConditionError, if the row's mask video or picture can't be used."""
-    from t2vz.media.images import image_size
+    from t2vz.media.sandbox import image_size
 
     if spec.mask_video is not None:
         with naming("foreground_mask"):
@@ -296,7 +303,7 @@ def _check_pictures(spec: JobSpec, frames: int, probed: Callable[[str], Probe]) 
         with naming("ip_adapter_image"), reading(picture):
             if Path(picture).is_dir():
                 raise SourceError(f"{picture}: a folder; name one picture")
-            image_size(Path(picture))
+            image_size(picture, limits)
 
 
 def check_mask_length(given: int, frames: int) -> None:
@@ -308,8 +315,9 @@ def check_mask_length(given: int, frames: int) -> None:
         )
 
 
-def _revisions() -> Callable[[JobSpec], str]:
-    """`models.table.identity`, asked once for all rows with the same model columns."""
+def _revisions(policy: ModelPolicy) -> Callable[[JobSpec], str]:
+    """`models.table.identity` of models that are let in, asked once for all rows with the same model columns."""
+    from t2vz.models.policy import check
     from t2vz.models.table import identity
 
     known: dict[tuple[object, ...], str | T2VZError] = {}
@@ -325,7 +333,9 @@ def _revisions() -> Callable[[JobSpec], str]:
         if key not in known:
             try:
                 with translating("model", spec.model):
-                    known[key] = identity(spec)
+                    revision = identity(spec)
+                    check(spec, policy)
+                    known[key] = revision
             except T2VZError as error:
                 known[key] = error
         found = known[key]

@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 
 from t2vz import claims, storage
 from t2vz.clip import Clip
-from t2vz.errors import DeviceLost, OutputError, T2VZError, translate, translating
+from t2vz.errors import DeviceLost, OutputError, T2VZError, harmless, translate, translating
 from t2vz.events import Event, emit
 from t2vz.media import strip
 from t2vz.media.limits import Limits
-from t2vz.media.local import local_source, naming, reading
-from t2vz.models import table
+from t2vz.media.local import naming
+from t2vz.models import policy, table
+from t2vz.models.policy import ModelPolicy
 from t2vz.plan import Job, Unready, check_mask_length, check_out, is_there
 from t2vz.results import ResultRow, ResultStore
 from t2vz.sheet import strip_key
@@ -49,6 +50,7 @@ _log = logging.getLogger(__name__)
 
 SNAPSHOT_KEPT_S = 30 * 24 * 3600
 COMMIT_TRIES = 5
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # devices of Windows, whatever follows
 
 STAGES = ("decode", "conditions", "generate", "encode")
 # Their models would compete for the device, and loading one changes torch's default dtype for the whole process.
@@ -88,6 +90,7 @@ class Settings:
 
     out: the output folder, or s3://bucket/prefix. manifest: where the rows come from, for the results.
     device: "auto", "cpu", "cuda:0", …
+    limits, models: what sources and models the rows may name.
     snapshot_s: seconds of denoising after which its state is saved, for a later run to go on from.
     quality: measure the frames of every row (`t2vz.quality`). clip_model: folder or hub id of a CLIP model that
     measures them, too.
@@ -102,6 +105,7 @@ class Settings:
     run_id: str
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    models: ModelPolicy = field(default_factory=ModelPolicy)
     snapshot_s: float = 30.0
     quality: bool = False
     clip_model: str | None = None
@@ -271,7 +275,7 @@ class Render:
 
     def _decode(self) -> None:
         from t2vz.conditions import fit_condition
-        from t2vz.media.decode import decode
+        from t2vz.media.sandbox import decode
         from t2vz.media.scenes import scene_starts
         from t2vz.models.loading import native_px
 
@@ -316,6 +320,7 @@ class Render:
         spec, clip, split = self.spec, self.clip, self.settings.split
         device = self._device()
         began = time.monotonic()
+        policy.check(spec, self.settings.models)  # again: the files may be others than when the row was planned
         self.components = load(spec, device, compiled=self.settings.compiled)
         self.seconds["model"] = time.monotonic() - began
         if clip is None:
@@ -382,17 +387,17 @@ class Render:
 
     def _picture(self) -> NDArray[np.uint8] | None:
         """The IP-Adapter's picture: uint8 (H, W, 3), RGB."""
-        from t2vz.media.images import read_image
+        from t2vz.media.sandbox import read_image
 
         path = self.spec.ip_adapter_image
         if path is None:
             return None
-        with naming("ip_adapter_image"), reading(path):
-            return read_image(local_source(path))
+        with naming("ip_adapter_image"):
+            return read_image(path, self.settings.limits)
 
     def _masks(self, width: int, height: int, frames: int) -> NDArray[np.bool_] | None:
         """The foreground as the mask video has it: bright is foreground."""
-        from t2vz.media.decode import decode
+        from t2vz.media.sandbox import decode
 
         if self.spec.mask_video is None:
             return None
@@ -470,6 +475,7 @@ class Render:
             encoding=Encoding.of(spec),
             audio=clip.audio if clip is not None and spec.audio else None,
             metadata=self._parameters() | {"job_id": self.job.job_id, "t2vz": version("t2vz")},
+            limits=self.settings.limits,
         )
         self._warn(*encoded.warnings)
         suffix = "" if spec.format == "png" else f".{spec.format}"
@@ -515,7 +521,7 @@ class Render:
         self._warn(f"the quality could not be measured ({translate(error, 'quality').message})")
 
     def _warn(self, *warnings: str) -> None:
-        for warning in warnings:
+        for warning in map(harmless, warnings):
             if warning not in self.warnings:
                 self.warnings.append(warning)
                 emit(Event("warning", self.job.row.id, message=warning))
@@ -773,7 +779,8 @@ def _installed(package: str) -> str | None:
 
 def file_name(id: str) -> str:
     """A row's id as a file name that every file system takes: ASCII letters, digits, `.`, `_` and `-`, at most 80."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", id).lstrip(".")[:80] or "row"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", id).lstrip(".")[:80] or "row"
+    return f"_{name[:79]}" if _RESERVED.match(name) else name
 
 
 def resolve_device(device: str) -> str:
