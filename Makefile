@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix eval bench scale columns clean
+.PHONY: help setup demo test check fix eval bench fuzz scale columns clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -45,6 +45,9 @@ eval: $(READY)   ## measure quality with the embedded model into eval-out/; the 
 
 bench: $(READY)  ## benchmarks; each prints one JSON object as its last line
 	@set -e; for file in engine gpu manifest results workers; do echo "== $$file"; $(BIN)/python tests/benchmarks/$$file.py; done
+
+fuzz: $(READY)   ## 2,000 damaged media files, 500 manifests, 200 models; a quarter of an hour; ends in one JSON object
+	@$(BIN)/python tests/fuzz/fuzz.py
 
 scale: $(READY)  ## what orchestration costs with 100,000 rows: Prefect on PostgreSQL, half an hour; ends in one JSON object
 	@$(BIN)/python tests/benchmarks/scale.py
