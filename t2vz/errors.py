@@ -50,15 +50,20 @@ HIDDEN = "***"
 
 
 def harmless(text: str) -> str:
-    """The text without secrets: those in the environment, passwords and signatures in addresses. On one line, and
-    without control characters."""
+    """The text as a message may have it: without secrets, on one line, without control characters."""
+    text = without_secrets(text)
+    if _CONTROL.search(text):
+        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", re.sub(r"[\t-\r]+", " ", text))
+    return text
+
+
+def without_secrets(text: str) -> str:
+    """The text without those in the environment, and passwords and signatures in addresses."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and value in text and _SECRET_NAMES.search(name.upper()):
             text = text.replace(value, HIDDEN)
     if "://" in text:
         text = _SIGNED.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))
-    if _CONTROL.search(text):
-        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", re.sub(r"[\t-\r]+", " ", text))
     return text
 
 

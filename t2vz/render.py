@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from t2vz import claims, storage
 from t2vz.clip import Clip
-from t2vz.errors import DeviceLost, OutputError, T2VZError, harmless, translate, translating
+from t2vz.errors import DeviceLost, OutputError, T2VZError, harmless, translate, translating, without_secrets
 from t2vz.events import Event, emit
 from t2vz.media import strip
 from t2vz.media.limits import Limits
@@ -550,7 +550,7 @@ class Render:
         if self.request is not None:
             used |= {"width": self.request.width, "height": self.request.height, "video_length": self.request.frames}
             used["fps"] = str(self._rate_fps())
-        return used
+        return _open(used)
 
     def _controlnets(self) -> tuple[str, ...]:
         return table.controlnet_references(self.spec) if self.spec.mode == "control" else ()
@@ -591,6 +591,7 @@ class Render:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "quality": json.dumps(self.quality) if self.quality else None,
         }
+        row = _open(row)
         if error is not None:
             return ResultRow(**row, **_failure(error))
         assert encoded is not None
@@ -736,7 +737,7 @@ def record_unready(unready: Unready, settings: Settings) -> ResultRow:
     now = datetime.now(UTC)
     row = _common_row(settings, unready.job_id, unready.id, unready.row_number, now, now)
     if unready.spec is not None:
-        row |= {"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model}
+        row |= _open({"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model})
     result = ResultRow(**row, **_failure(unready.error), attempts=0)
     commit(settings.store(), result)
     emit(Event("row_finished", unready.id, status="failed", message=unready.error.message, row=result))
@@ -768,6 +769,17 @@ def _common_row(
         "torch_version": _installed("torch"),
         "diffusers_version": _installed("diffusers"),
     }
+
+
+def _open(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, texts without secrets: a row may name addresses with a password."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(shown, value))
+        return without_secrets(value) if isinstance(value, str) else value
+
+    return {name: shown(value) for name, value in values.items()}
 
 
 def _installed(package: str) -> str | None:
