@@ -11,6 +11,7 @@ import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import av
@@ -324,6 +325,23 @@ def test_an_object_that_is_too_large_is_not_fetched(s3, tmp_path: Path) -> None:
     with pytest.raises(SourceTooLarge, match=r"big\.mp4"):
         sandbox.probe(f"{bucket}/big.mp4", Limits(max_source_bytes=99_999))
     assert [line.split()[0] for line in s3.requests()] == ["HEAD"]
+
+
+def test_every_limit_is_an_option_of_the_commands_a_parameter_of_the_flow_and_documented() -> None:
+    from t2vz.cli import cli
+    from t2vz_flows.render_manifest import RenderParameters, model_policy, source_limits
+
+    given = RenderParameters(manifest="m", out="o")
+    assert source_limits(given) == Limits()
+    assert model_policy(given) == ModelPolicy()
+    given = RenderParameters(manifest="m", out="o", limits={"max_frames": 7, "roots": ["/in"]}, allow_pickles=True)
+    assert source_limits(given) == Limits(max_frames=7, roots=("/in",))
+    assert model_policy(given) == ModelPolicy(allow_pickles=True)
+    page = (Path(__file__).parents[1] / "manifests" / "README.md").read_text()
+    for command in ("plan", "run"):
+        options = {option.name: option.opts[0] for option in cli.commands[command].params}
+        for name in (*(limit.name for limit in fields(Limits)), "allow_pickles", "model_checksums"):
+            assert f"| `{options[name]}` |" in page
 
 
 def test_limits_must_be_limits() -> None:
