@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -564,8 +565,6 @@ def test_pickles_are_refused_unless_they_are_allowed(tmp_path: Path, clip: Path)
 
 def test_models_that_bring_code_do_not_run_it(tiny_model: Path, tmp_path: Path) -> None:
     """Code beside a model, named in its configuration as the libraries' remote code is."""
-    import shutil
-
     witness, folder = tmp_path / "witness", tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     code = f"open({str(witness)!r}, 'w')\nclass UNet2DConditionModel: pass\nclass Evil(UNet2DConditionModel): pass\n"
@@ -588,6 +587,34 @@ def test_models_that_bring_code_do_not_run_it(tiny_model: Path, tmp_path: Path) 
         with opening(settings), suppress(T2VZError) if number else nullcontext():
             Render(job, settings).run("generate")
     assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("unet", "layers_per_block", 10**12),
+        ("unet", "block_out_channels", [64] * 100_000),
+        ("text_encoder", "num_hidden_layers", 10**9),
+        ("vae", "latent_channels", 2**40),
+        ("scheduler", "num_train_timesteps", 10**12),
+    ],
+)
+def test_a_configuration_of_a_giant_is_refused_before_it_is_built(
+    part: str, name: str, value: object, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (file,) = (folder / part).glob("*config.json")
+    config = json.loads(file.read_text())
+    assert name in config
+    file.write_text(json.dumps(config | {name: value}))
+    (job,) = plan(
+        manifest(tmp_path / "m.csv", {"prompt": "x", "model": str(folder), "width": "64", "height": "64"}), None
+    )
+    assert isinstance(job, Job)
+    settings = Settings(tmp_path / "out", "m", "run", "cpu")
+    with opening(settings), pytest.raises(UnsupportedModel, match=name):
+        Render(job, settings).run("generate")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth", ".pkl"])

@@ -104,7 +104,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise SourceTooLarge(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise SourceCorrupt(f"{path}: not an image of a known format, or damaged") from error
-    except (ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
+    except (ValueError, SyntaxError, EOFError, IndexError, RuntimeError, struct.error, zlib.error) as error:
         raise SourceCorrupt(f"{path}: the image is damaged ({error})") from error
     except OSError as error:
         if error.errno is not None:  # the operating system's, not Pillow's own
