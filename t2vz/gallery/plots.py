@@ -71,9 +71,7 @@ def stage_times(results: Results) -> str:
         for stage, values in seconds.items()
     ]
     decades = round(math.log10(high / low))
-    ticks = [
-        (x(low * 10**i), _duration(low * 10**i) if decades < 5 or i % 2 == 0 else "") for i in range(decades + 1)
-    ]
+    ticks = [(x(low * 10**i), _duration(low * 10**i) if decades < 5 or i % 2 == 0 else "") for i in range(decades + 1)]
     said = "; ".join(f"{line.name} {line.beside[0]}, {line.beside[1]}" for line in lines)
     return _drawn("Time per stage", f"{_duration(total_s)} in all", said, lines, ticks)
 
