@@ -31,7 +31,7 @@ from t2vz.workers import Feed, Outcome, Pool, placed
 from t2vz_flows.lifecycle import begin
 from t2vz_flows.limits import SourceLimits
 from t2vz_flows.rows import RowTasks, ShardTasks
-from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish
+from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish, publish_plots
 
 _FLUSH_ROWS = 100  # a merge into the table costs 1 s, whatever its size
 _FLUSH_S = 10.0
@@ -247,6 +247,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
         shown.end()
     progress.tell(counts, now=True)
     publish(parameters.manifest, parameters.out, counts, failures, finished)
+    publish_plots(parameters.out, settings.run_id)
     summary = {status: number for status, number in counts.items() if number} | {"run_id": settings.run_id}
     if parameters.max_failed is not None and counts["failed"] > parameters.max_failed:
         return Failed(message=f"{message(counts)}; at most {parameters.max_failed} may fail", data=summary)

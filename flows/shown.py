@@ -1,4 +1,4 @@
-"""A run in Prefect's UI: its progress, and in the end a summary, the failed rows and a contact sheet as artifacts.
+"""A run in Prefect's UI: its progress; in the end a summary, the failed rows, a contact sheet and plots as artifacts.
 
 They are pictures of the results, which are safe: what Prefect does not take is logged and fails nothing.
 """
@@ -21,7 +21,8 @@ from prefect.artifacts import (
 )
 
 from t2vz.events import counted
-from t2vz.results import ResultRow
+from t2vz.gallery import plots
+from t2vz.results import ResultRow, read
 from t2vz.sheet import moving_thumbnail
 
 TOLD_ROWS = 100  # failed rows in the artifact; the results table has them all
@@ -84,6 +85,20 @@ def publish(
     if pictures:
         sheet = _sheet(pictures)
         taken(lambda: create_markdown_artifact(sheet, key="contact-sheet", description="Rows that were rendered"))
+
+
+def publish_plots(out: str, run_id: str) -> None:
+    """Where the run's time went, and how its quality measures lie, as pictures; of its own rows only."""
+    drawn = taken(lambda: plots.of_run(read(out).where(run_id=run_id))) or {}
+    pictures = [
+        f"![{name}](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
+        for name, svg in drawn.items()
+        if svg
+    ]
+    if pictures:
+        taken(
+            lambda: create_markdown_artifact("\n\n".join(pictures), key="plots", description="Time per stage, quality")
+        )
 
 
 def _sheet(pictures: list[tuple[ResultRow, bytes]]) -> str:

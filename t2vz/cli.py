@@ -1,4 +1,4 @@
-"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `maintain`, `eval`.
+"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `gallery`, `maintain`, `eval`.
 
 Light: what renders is imported when it renders.
 """
@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
@@ -322,6 +322,42 @@ def sheet(out: str, file: Path, **options: Any) -> int:
 
     count = write_sheet(out, file, **options)
     click.echo(f"{_counted(count, 'row')} drawn in {file}")
+    return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("out", type=click.Path())
+@click.option("--serve", "serves", is_flag=True, help="Show it on 127.0.0.1, with new rows as they come, until Ctrl-C.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of --serve; any free one unless given.")
+@click.option("--file", type=click.Path(), help="Write the page there instead of OUT/gallery.html.")
+@click.option("--embed", is_flag=True, help="Put the moving thumbnails into the page, to send it alone; no videos.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="At most so many rows, the last that finished.",
+)
+def gallery(out: str, serves: bool, port: int | None, file: str | None, embed: bool, limit: int) -> int:
+    """Make a page to look at the output folder OUT: every row's source, conditions and result, moving in step.
+
+    It can be filtered and sorted by status, mode, model, words and quality; a row opens to all that is known of it.
+    Needs nothing but a browser: no network, no server unless --serve.
+    """
+    if serves and (file is not None or embed):
+        raise click.UsageError("--serve writes no page; leave --file and --embed out")
+    if port is not None and not serves:
+        raise click.UsageError("--port is for --serve")
+    if serves:
+        from t2vz.gallery.serve import serve
+
+        with suppress(KeyboardInterrupt):
+            serve(out, port or 0, limit, on_start=lambda url: click.echo(f"the gallery is at {url} until Ctrl-C"))
+        return OK
+    from t2vz.gallery.page import write
+
+    where, count = write(out, file, embed=embed, limit=limit)
+    click.echo(f"{_counted(count, 'row')} shown in {where}")
     return OK
 
 

@@ -26,7 +26,8 @@ from t2vz.render import Settings, file_name, opening
 from t2vz.results import ResultStore
 from t2vz.storage import Entry, Place
 
-Kind = Literal["video", "joined video", "strip", "workspace", "snapshot", "claim", "draft", "table file"]
+Kind = Literal["video", "joined video", "strip", "thumbnails", "workspace", "snapshot", "claim", "draft", "table file"]
+_PICTURES = {"strips": "strip", "thumbnails": "thumbnails"}  # folder → kind
 
 _DRAFT = re.compile(r"#\d+$")  # what obstore writes to a folder before it renames it
 _DRAFT_KEPT_S = 3600
@@ -122,16 +123,17 @@ def _finished_before(store: ResultStore, before: datetime) -> list[str | None]:
 def _orphans(
     out: Place, store: ResultStore, before: datetime | None, run_id: str
 ) -> Iterator[tuple[Item, list[Entry]]]:
-    """Videos and strips that no result names and no living run is at; the results before `before` count as gone."""
-    listed = {folder: _grouped(out, folder) for folder in ("videos", "strips", "joined")}
+    """Videos, and pictures of them, that no result names and no living run is at; the results before `before` count as
+    gone."""
+    listed = {folder: _grouped(out, folder) for folder in ("videos", *_PICTURES, "joined")}
     is_alone = not claims.living_runs(out) - {run_id}
     at_work = tuple(f"{file_name(claim.row)}-" for claim in claims.claimed(out) if claim.is_live)
     outputs = {finished.output_uri for finished in store.done().values()}
     outputs -= set() if before is None else set(filter(None, _finished_before(store, before)))
     named = {Path(output).name for output in outputs}
-    for folder, kind in (("videos", "video"), ("strips", "strip")):
+    for folder, kind in (("videos", "video"), *_PICTURES.items()):
         for name, entries in listed[folder].items():
-            video = name.removesuffix(".webp") if folder == "strips" else name
+            video = name.removesuffix(".webp") if folder in _PICTURES else name
             if video not in named and not (at_work and name.startswith(at_work)):
                 size_bytes = sum(entry.size_bytes for entry in entries)
                 yield Item(kind, f"{folder}/{name}", size_bytes), entries  # type: ignore[arg-type]

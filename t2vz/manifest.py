@@ -141,6 +141,18 @@ def _here(name: str) -> Path:
         raise ManifestError(f"{name}: can't be fetched ({error.strerror})") from error
 
 
+def cells_of(spec: JobSpec) -> dict[str, str]:
+    """The cells of a manifest row that means the spec; what was left open stays so, and paths are absolute."""
+    values = {name: getattr(spec, name) for name in JobSpec.model_fields if name in spec.model_fields_set}
+    return {name: _cell(value) for name, value in values.items() if value not in (None, "", ())}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def is_there(path: str | os.PathLike[str]) -> bool:
     """True if there is a file. Raises SourceError (S3 refuses), StorageTimeout."""
     name = os.fspath(path)

@@ -29,6 +29,7 @@ from t2vz import claims, storage
 from t2vz.clip import Clip
 from t2vz.errors import DeviceLost, OutputError, T2VZError, harmless, translate, translating, without_secrets
 from t2vz.events import Event, emit
+from t2vz.manifest import cells_of
 from t2vz.media import strip
 from t2vz.media.limits import Limits
 from t2vz.media.local import naming
@@ -36,7 +37,7 @@ from t2vz.models import policy, table
 from t2vz.models.policy import ModelPolicy
 from t2vz.plan import Job, Unready, check_mask_length, check_out, is_there
 from t2vz.results import ResultRow, ResultStore
-from t2vz.sheet import strip_key
+from t2vz.sheet import strip_key, thumbnails_key
 from t2vz.spec import TEXT_FPS, TEXT_FRAMES, JobSpec, canonical, evaluations, t0_t1
 from t2vz.storage import Place
 
@@ -381,7 +382,7 @@ class Render:
             self.clip = replace(clip, frames=clip.frames[:1].copy(), timestamps_s=clip.timestamps_s[:1])
 
     def _shown(self) -> list[NDArray[np.uint8]]:
-        """What the strip shows above the result: the source, if it is not the condition itself, and the conditions."""
+        """What is shown above the result: the source, if it is not the condition itself, and the conditions."""
         source = [self.clip.frames] if self.clip is not None and self.spec.condition_video is None else []
         return source + list(self.conditions)
 
@@ -482,8 +483,10 @@ class Render:
         name = f"{file_name(self.job.row.id)}-{encoded.sha256[:12]}{suffix}"
         self.output_uri = f"videos/{name}"
         self.encoded = publish(encoded, self.settings.out, self.output_uri)
+        lines: list[NDArray[np.uint8] | list[NDArray[np.uint8]]] = [*self._thumbnails, result]
         try:
-            strip.write(self.settings.out, strip_key(name), [*self._thumbnails, result], self.workspace)
+            strip.write(self.settings.out, strip_key(name), lines, self.workspace)
+            strip.write_moving(self.settings.out, thumbnails_key(name), lines, self.workspace)
         except (OSError, T2VZError) as error:  # the video is there: a picture of it is not worth its loss
             self._warn(f"its strip could not be written ({getattr(error, 'strerror', None) or error})")
 
@@ -569,7 +572,7 @@ class Render:
             "mode": spec.mode,
             "prompt": spec.prompt,
             "negative_prompt": spec.negative_prompt,
-            "parameters": json.dumps(self._parameters(), ensure_ascii=False),
+            "parameters": json.dumps(self._parameters() | {"cells": cells_of(spec)}, ensure_ascii=False),
             "seed": job.seed,
             "model": spec.model,
             "model_revision": job.model_revision,
@@ -737,7 +740,9 @@ def record_unready(unready: Unready, settings: Settings) -> ResultRow:
     now = datetime.now(UTC)
     row = _common_row(settings, unready.job_id, unready.id, unready.row_number, now, now)
     if unready.spec is not None:
-        row |= _open({"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model})
+        spec = unready.spec
+        row |= _open({"mode": spec.mode, "prompt": spec.prompt, "model": spec.model})
+        row["parameters"] = json.dumps({"cells": _open(cells_of(spec))}, ensure_ascii=False)
     result = ResultRow(**row, **_failure(unready.error), attempts=0)
     commit(settings.store(), result)
     emit(Event("row_finished", unready.id, status="failed", message=unready.error.message, row=result))

@@ -124,11 +124,12 @@ def create(place: Place, key: str, body: bytes) -> bool:
             return False
 
 
-def put(place: Place, key: str, body: bytes) -> None:
+def put(place: Place, key: str, body: bytes, attributes: dict[str, str] | None = None) -> None:
+    """attributes: see `upload`."""
     import obstore
 
     with translating_storage(place):
-        obstore.put(store(place), key, body, use_multipart=False)
+        obstore.put(store(place), key, body, use_multipart=False, **_attributes(place, attributes))
 
 
 def swap(place: Place, key: str, old: bytes, new: bytes) -> bool:
@@ -256,8 +257,12 @@ def upload(path: Path, place: Place, key: str, attributes: dict[str, str] | None
     import obstore
 
     with translating_storage(place), path.open("rb") as file:
-        # A folder has no place to keep attributes in.
-        obstore.put(store(place), key, file, **({"attributes": attributes} if is_remote(place) and attributes else {}))
+        obstore.put(store(place), key, file, **_attributes(place, attributes))
+
+
+def _attributes(place: Place, attributes: dict[str, str] | None) -> dict[str, Any]:
+    """A folder has no place to keep them in."""
+    return {"attributes": attributes} if is_remote(place) and attributes else {}
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_bad_row_beside_good_one_is_recorded_and_shown(
     assert runs["generate good"].total_run_time.total_seconds() > 0
 
     shown = artifacts(rows["good"].run_id)
-    assert set(shown) == {"render-manifest", "render-progress", "failed-rows", "contact-sheet"}
+    assert set(shown) == {"render-manifest", "render-progress", "failed-rows", "contact-sheet", "plots"}
     assert "1 rendered, 1 failed" in shown["render-manifest"].data
     assert "| missing | decode |" in shown["render-manifest"].data
     assert shown["render-progress"].data == 100
@@ -115,6 +115,8 @@ def test_bad_row_beside_good_one_is_recorded_and_shown(
     assert (failed["row"], failed["stage"], failed["attempts"]) == ("missing", "decode", 0)
     assert "nowhere.mp4" in failed["reason"]
     assert moving_pictures(shown["contact-sheet"].data) == [(TINY_FRAMES, (64, 64))]
+    (times,) = re.findall(r"data:image/svg\+xml;base64,([^)]*)\)", shown["plots"].data)
+    assert "generate" in base64.b64decode(times).decode()
 
     assert "Task run" in caplog.text  # Prefect's log was heard
     assert "Traceback" not in caplog.text
