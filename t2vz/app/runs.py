@@ -87,11 +87,8 @@ class Playground:
         path = Path(upload)
         with translating("decode", path.name), path.open("rb") as file:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()[:10]
-            kept = (
-                self.out
-                / SOURCES
-                / f"{file_name(path.stem)[:40]}-{digest}{file_name(path.suffix) if path.suffix else ''}"
-            )
+            name = f"{file_name(path.stem)[:40]}-{digest}"
+            kept = self.out / SOURCES / (f"{name}.{file_name(path.suffix)}" if path.suffix else name)
             if not kept.exists():
                 kept.parent.mkdir(exist_ok=True)
                 draft = kept.with_name(f".{kept.name}")

@@ -71,6 +71,7 @@ def test_uploads_are_kept_by_content(playground: Playground, tmp_path: Path) -> 
     kept = Path(playground.keep(str(upload)))
     assert kept.parent == playground.out / "sources"
     assert kept.read_bytes() == b"one"
+    assert kept.suffix == ".mp4"
     assert set(kept.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_.x")
     assert playground.keep(str(upload)) == str(kept)
     upload.write_bytes(b"two")

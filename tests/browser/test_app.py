@@ -54,7 +54,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     started = App(tmp_path_factory.mktemp("app") / "out")
     yield started
     started.process.send_signal(signal.SIGINT)
-    assert started.process.wait(60) == 0
+    assert started.process.wait(120) == 0
     assert not list(started.out.glob("claims/*"))
 
 
@@ -123,6 +123,7 @@ def test_a_mode_renders_and_its_row_is_appended(
     assert row.spec.num_inference_steps == 3
     if mode != "text":
         assert row.cells["source"].startswith("sources/")
+        assert row.cells["source"].endswith(".mp4")
     assert page.complaints() == []
     assert page.requested_outside() == []
 
