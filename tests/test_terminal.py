@@ -169,6 +169,18 @@ def test_the_end_is_plain_lines_where_there_is_no_terminal(out: str, capsys: pyt
     assert capsys.readouterr().out.splitlines() == lines[2:]
 
 
+def test_the_end_is_a_table_on_a_terminal(
+    out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # by which rich takes anything for a terminal
+    _tell_run(out, {"ok": 1, "failed": 1, "run_id": "run"}, quiet=False, elapsed_s=4.0)
+    told = capsys.readouterr().out
+    assert "video, or why there is none" in told
+    assert "in 0:00:04" in told
+    _tell_run(out, {"ok": 1, "failed": 1, "run_id": "run"}, quiet=True, elapsed_s=4.0)
+    assert "video, or why" not in capsys.readouterr().out
+
+
 def asked_by_a_shell(**environment: str) -> str:
     """What `t2vz` prints for a shell that completes its words."""
     code = "import sys; sys.argv[0] = 't2vz'; from t2vz.cli import main; sys.exit(main())"
