@@ -31,7 +31,7 @@ from t2vz.workers import Feed, Outcome, Pool, placed
 from t2vz_flows.lifecycle import begin
 from t2vz_flows.limits import SourceLimits
 from t2vz_flows.rows import RowTasks, ShardTasks
-from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish, publish_plots
+from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, gallery_address, message, publish, publish_plots
 
 _FLUSH_ROWS = 100  # a merge into the table costs 1 s, whatever its size
 _FLUSH_S = 10.0
@@ -148,6 +148,11 @@ class RenderParameters(BaseModel):
     metrics_folder: str | None = Field(
         default=None, title="Metrics folder", description="Write them there, for node-exporter's textfile collector"
     )
+    gallery_url: str | None = Field(
+        default=None,
+        title="Gallery",
+        description="Address of the output folder's gallery, for links; empty: as T2VZ_GALLERY_URL has it",
+    )
 
 
 def _run_name() -> str:
@@ -197,6 +202,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
     finished: list[ResultRow] = []
     shown: RowTasks | ShardTasks = ShardTasks(parameters.shard_rows)
     port, folder = parameters.metrics_port, parameters.metrics_folder
+    gallery = parameters.gallery_url or gallery_address(parameters.out)
     with (
         workers.connected(asked),
         metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder),
@@ -222,7 +228,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
                     settings.models,
                 )
                 ahead, whole = _ahead(items, parameters.max_row_tasks, counts)
-                progress = Progress()
+                progress, counted = Progress(), None
                 if whole:
                     shown, progress.total = RowTasks(stages=len(ahead) <= _STAGE_ROWS), len(ahead) + counts["done"]
                     events.emit(events.Event("planned", total=len(ahead), done=counts["done"]))
@@ -238,6 +244,9 @@ def render_manifest(parameters: RenderParameters) -> Any:
                         first, limit = (finished, PICTURES) if outcome.status == "ok" else (failures, TOLD_ROWS)
                         first.extend([outcome.row][: limit - len(first)])
                     progress.tell(counts)
+                    if counted is None and not whole and progress.total is not None:
+                        counted = progress.total - counts["done"]
+                        events.emit(events.Event("planned", total=counted, done=counts["done"]))
                 if not whole:
                     to_do = counts.total() - counts["done"]
                     events.emit(events.Event("planned", total=to_do, done=counts["done"]))
@@ -246,7 +255,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
             raise
         shown.end()
     progress.tell(counts, now=True)
-    publish(parameters.manifest, parameters.out, counts, failures, finished)
+    publish(parameters.manifest, parameters.out, counts, failures, finished, gallery)
     publish_plots(parameters.out, settings.run_id)
     summary = {status: number for status, number in counts.items() if number} | {"run_id": settings.run_id}
     if parameters.max_failed is not None and counts["failed"] > parameters.max_failed:

@@ -1,4 +1,4 @@
-"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `gallery`, `maintain`, `eval`.
+"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `gallery`, `app`, `maintain`, `eval`.
 
 Light: what renders is imported when it renders.
 """
@@ -12,15 +12,17 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from t2vz.errors import OutputError, T2VZError, UnexpectedError, UnknownModel, translate, translating
 from t2vz.media.limits import SCHEMES, Limits
@@ -98,12 +100,26 @@ def _defaults(context: click.Context, parameter: click.Parameter, values: Iterab
     return defaults
 
 
+def _columns(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell may complete `--default` to: the columns, and the values of those that have a choice of them."""
+    from t2vz.columns import choices
+    from t2vz.spec import JobSpec
+
+    column, equals, _ = incomplete.partition("=")
+    if equals and column in JobSpec.model_fields:
+        found = [f"{column}={value}" for value in choices(JobSpec.model_fields[column].annotation)]
+    else:
+        found = [f"{name}=" for name in JobSpec.model_fields if name != "id"]
+    return [CompletionItem(text) for text in found if text.startswith(incomplete)]
+
+
 _default_option: Callable[[Any], Any] = click.option(
     "--default",
     "defaults",
     metavar="COLUMN=VALUE",
     multiple=True,
     callback=_defaults,
+    shell_complete=_columns,
     help="Value for the cells that are empty in a column. Repeatable.",
 )
 
@@ -227,7 +243,10 @@ def plan(
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics there.")
 @click.option("--metrics-folder", type=click.Path(), help="Write them there, for node-exporter's textfile collector.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
-def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, quiet: bool, **options: Any) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in the end: counts, speed, failed rows.")
+def run(
+    manifest: str, out: str, defaults: dict[str, str], split: int | None, quiet: bool, as_json: bool, **options: Any
+) -> int:
     """Render the rows of MANIFEST that are not done yet.
 
     Uses the Prefect server that PREFECT_API_URL names, else one of its own for the length of the run.
@@ -251,11 +270,17 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     if options["clip_model"] is not None:
         check_clip_model(options["clip_model"])
     policy = ModelPolicy(options["allow_pickles"], options["model_checksums"])
+    done = 0
     items = planned(manifest, out, defaults, Limits(**options["limits"]), options["verify"], policy)
-    first = next(items, None)
-    if all(isinstance(item, Done) for item in chain([] if first is None else [first], items)):
-        why = f"{manifest} has no rows" if first is None else f"every row is done in {out}"
-        click.echo(f"nothing to render: {why}")
+    for done, item in enumerate(items, 1):  # noqa: B007
+        if not isinstance(item, Done):
+            break
+    else:
+        why = f"{manifest} has no rows" if not done else f"every row is done in {out}"
+        if as_json:
+            click.echo(_run_json(out, {"done": done}, 0.0))
+        else:
+            click.echo(f"nothing to render: {why}")
         if processes > 1:
             from t2vz.modes.split import leading
 
@@ -264,10 +289,14 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
             _leave(OK)
         return OK
 
-    console = Console(stderr=True)
+    console, began = Console(stderr=True), time.monotonic()
     with _interruptible(console):
         summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, split=split, **options)
-    _tell_run(out, summary, quiet)
+    elapsed_s = time.monotonic() - began
+    if as_json:
+        click.echo(_run_json(out, summary, elapsed_s))
+    else:
+        _tell_run(out, summary, quiet, elapsed_s)
     code = SOME_FAILED if summary.get("failed") else OK
     if split > 1:
         _leave(code)
@@ -322,6 +351,52 @@ def sheet(out: str, file: Path, **options: Any) -> int:
 
     count = write_sheet(out, file, **options)
     click.echo(f"{_counted(count, 'row')} drawn in {file}")
+    return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.option(
+    "--out", type=click.Path(), default="playground-out", show_default=True, help="Output folder for what is rendered."
+)
+@click.option(
+    "--manifest", type=click.Path(path_type=Path), help="Manifest to append to; OUT/playground.csv if absent."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at: this machine's own alone.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+@click.option("--max-upload-mb", type=click.IntRange(1), default=500, show_default=True, help="Of one uploaded file.")
+def app(out: str, manifest: Path | None, host: str, port: int, device: str, max_upload_mb: int) -> int:
+    """Serve the playground: a page with a tab for each mode, to try rows and append them to a manifest.
+
+    Needs the extra `app`: pip install 't2vz[app]'. Ends with Ctrl-C.
+    """
+    import uuid
+
+    from t2vz import storage
+    from t2vz.plan import check_out
+    from t2vz.render import Settings
+
+    if storage.is_remote(out):
+        raise OutputError(f"{out}: the playground needs an output folder on this machine")
+    check_out(out)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before its import, which reads it
+    click.echo("starting …", err=True)
+    try:
+        from t2vz.app.page import serve
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is not installed: pip install 't2vz[app]'") from error
+    from t2vz.app.runs import Playground
+
+    kept = manifest or Path(out, "playground.csv")
+    settings = Settings(out=Path(out), manifest=str(kept.absolute()), run_id=f"app-{uuid.uuid4()}", device=device)
+    with suppress(KeyboardInterrupt):  # how it ends
+        serve(
+            Playground(settings, kept),
+            host=host,
+            port=port,
+            max_upload_bytes=max_upload_mb * 10**6,
+            on_ready=lambda address: click.echo(f"playground at {address}; Ctrl-C ends it"),
+        )
     return OK
 
 
@@ -531,16 +606,62 @@ def _interruptible(console: Console) -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
-    """The closing summary: a line a row if they are few, the counts, where things are, what to know."""
+def _tell_run(out: str, summary: dict[str, Any], quiet: bool, elapsed_s: float) -> None:
+    """The closing summary: a line a row if they are few, the counts, where things are, what to know. On a terminal
+    the lines are a table.
+    """
+    from rich.console import Console
+
     from t2vz.events import counted
     from t2vz.results import read
 
+    rows: list[ResultRow] = []
     if not quiet and 0 < summary.get("ok", 0) + summary.get("failed", 0) <= _TOLD_ROWS:
-        for row in read(out, all=True).where(run_id=summary["run_id"]):
+        rows += read(out, all=True).where(run_id=summary["run_id"])
+    console = Console()
+    if console.is_terminal and not quiet:
+        from t2vz.terminal import closing_table
+
+        closing_table(console, rows, _rows_of(summary), elapsed_s)
+    else:
+        for row in rows:
             click.echo(_row_line(out, row))
-    click.echo(counted(summary))
+        click.echo(counted(summary))
     click.echo(f"videos in {os.path.join(out, 'videos')}; the table: t2vz results {out}")
+
+
+def _rows_of(summary: dict[str, Any]) -> Counter[str]:
+    return Counter({name: number for name, number in summary.items() if name != "run_id"})
+
+
+def _run_json(out: str, summary: dict[str, Any], elapsed_s: float) -> str:
+    """A run's end as one JSON object."""
+    from t2vz.results import read
+
+    frames, failed = 0, []
+    if summary.get("ok") or summary.get("failed"):
+        found = read(out, all=True).where(run_id=summary["run_id"])
+        frames = sum(found.where(status="ok").arrow()["frames"].drop_null().to_pylist())
+        failed = [
+            {
+                "id": row.id,
+                "stage": row.error_stage,
+                "error": row.error_class,
+                "message": row.error_message,
+                "retryable": row.retryable,
+            }
+            for row in found.where(status="failed")
+        ]
+    told = {
+        "run_id": summary.get("run_id"),
+        "out": out,
+        "rows": dict(_rows_of(summary)),
+        "frames": frames,
+        "elapsed_s": round(elapsed_s, 3),
+        "frames_per_s": round(frames / elapsed_s, 3) if frames else 0.0,
+        "failed_rows": failed,
+    }
+    return json.dumps(told, ensure_ascii=False)
 
 
 def _row_line(out: str, row: ResultRow) -> str:
