@@ -97,6 +97,7 @@ def submit_shards(parameters: ShardParameters) -> Any:
             rows=parameters.shard_rows,
             held=held,
             verify=parameters.render.verify,
+            content=parameters.render.content,
         ):
             if isinstance(item, Unready):
                 record_unready(item, settings)
@@ -107,7 +108,7 @@ def submit_shards(parameters: ShardParameters) -> Any:
         while fleet.under_way:
             fleet.poll()
 
-    counts = shards.outcome(parameters.manifest, parameters.out, parameters.defaults)
+    counts = shards.outcome(parameters.manifest, parameters.out, parameters.defaults, parameters.render.content)
     if not counts["open"]:
         shards.sweep(parameters.manifest, parameters.out, parameters.defaults)
     summary = {**counts, **{f"shards_{state}": number for state, number in fleet.ended.items()}}

@@ -1,4 +1,4 @@
-"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `maintain`, `eval`.
+"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `provenance`, `maintain`, `eval`.
 
 Light: what renders is imported when it renders.
 """
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from t2vz.manifest import Problem
-    from t2vz.plan import Done, Job, Unready, Work
+    from t2vz.plan import ContentPolicy, Done, Job, Unready, Work
     from t2vz.results import ResultRow
 
-OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _TOLD_ROWS = 20
 _INTERRUPT_GRACE_S = 15.0
-_INTERRUPTED = "interrupted: finished rows are kept; the same command goes on with the others"
+_GOES_ON = "finished rows are kept; the same command goes on with the others"
+_INTERRUPTED, _TERMINATED = f"interrupted: {_GOES_ON}", f"stopped by SIGTERM: {_GOES_ON}"
 
 # Before Prefect is imported; what the user has set wins.
 _PREFECT_SETTINGS = {
@@ -51,6 +52,7 @@ Exit codes:
     1  some rows failed, or have problems
     2  wrong usage, or the manifest or output folder as a whole can't be used
   130  interrupted
+  143  stopped by SIGTERM
 T2VZ_DEBUG=1 shows tracebacks of errors."""
 
 
@@ -69,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo(_INTERRUPTED, err=True)
         return INTERRUPTED
+    except _Terminated:
+        click.echo(_TERMINATED, err=True)
+        return TERMINATED
     except BrokenPipeError:  # the reader of our output is gone (`t2vz results … | head`): exit as click does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -96,6 +101,13 @@ def _defaults(context: click.Context, parameter: click.Parameter, values: Iterab
     return defaults
 
 
+_content_option: Callable[[Any], Any] = click.option(
+    "--content",
+    type=click.Choice(["off", "flag", "withhold"]),
+    default="flag",
+    show_default=True,
+    help="What the model's safety checker flags: off: it is not asked; flag: the row says so; withhold: no video.",
+)
 _default_option: Callable[[Any], Any] = click.option(
     "--default",
     "defaults",
@@ -110,8 +122,9 @@ _default_option: Callable[[Any], Any] = click.option(
 @click.argument("manifest", type=click.Path())
 @click.option("--out", type=click.Path(), help="Output folder: what is done there is counted as done.")
 @_default_option
+@_content_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool) -> int:
+def plan(manifest: str, out: str | None, defaults: dict[str, str], content: ContentPolicy, as_json: bool) -> int:
     """Check MANIFEST and say what rendering it takes. Tells all problems at once; renders nothing."""
     from t2vz.plan import Unready, summarise
     from t2vz.plan import plan as planned
@@ -119,7 +132,7 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
     unready: list[Unready] = []
 
     def items() -> Iterator[Job | Unready | Done]:
-        for item in planned(manifest, out, defaults):
+        for item in planned(manifest, out, defaults, content=content):
             if isinstance(item, Unready):
                 unready.append(item)
             yield item
@@ -182,6 +195,10 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
     type=click.IntRange(1, 64),
     help="Processes that share the frames of each clip, one a device; under `accelerate launch`, all that it starts.",
 )
+@_content_option
+@click.option("--sign-certificate", type=click.Path(), help="Sign the files as made by AI (C2PA): the chain, in PEM.")
+@click.option("--sign-key", type=click.Path(), help="The certificate's private key, in PEM.")
+@click.option("--sign-prompt", is_flag=True, help="Tell the prompt in the signed claim.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics there.")
 @click.option("--metrics-folder", type=click.Path(), help="Write them there, for node-exporter's textfile collector.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
@@ -192,7 +209,7 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     """
     from rich.console import Console
 
-    from t2vz.plan import Done
+    from t2vz.plan import Done, check_out
     from t2vz.plan import plan as planned
     from t2vz.quality import check_clip_model
 
@@ -207,7 +224,7 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     # Before anything heavy starts: a model or manifest that can't be used, or nothing to do.
     if options["clip_model"] is not None:
         check_clip_model(options["clip_model"])
-    items = planned(manifest, out, defaults, verify=options["verify"])
+    items = planned(manifest, out, defaults, verify=options["verify"], content=options["content"])
     first = next(items, None)
     if all(isinstance(item, Done) for item in chain([] if first is None else [first], items)):
         why = f"{manifest} has no rows" if first is None else f"every row is done in {out}"
@@ -220,6 +237,7 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
             _leave(OK)
         return OK
 
+    check_out(out)
     console = Console(stderr=True)
     with _interruptible(console):
         summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, split=split, **options)
@@ -279,6 +297,21 @@ def sheet(out: str, file: Path, **options: Any) -> int:
     count = write_sheet(out, file, **options)
     click.echo(f"{_counted(count, 'row')} drawn in {file}")
     return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("video", type=click.Path())
+def provenance(video: str) -> int:
+    """Say what VIDEO tells of how it was made, as one JSON object: parameters, watermark, signature.
+
+    null: it has none. A signature that is not valid counts as a problem.
+    """
+    from t2vz.media.provenance import read
+
+    with translating("decode", video):
+        found = read(video)
+    click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+    return SOME_FAILED if found["signature"] and not found["signature"]["valid"] else OK
 
 
 @cli.command(epilog=EPILOG)
@@ -425,16 +458,23 @@ def _can_be_written(folder: Path) -> bool:
         return False
 
 
+class _Terminated(BaseException):
+    """The process got SIGTERM."""
+
+
 @contextmanager
 def _interruptible(console: Console) -> Iterator[None]:
-    """Ctrl-C unwinds the run: the rows under way stop at their next step. A second one, or rows that don't
+    """Ctrl-C and SIGTERM unwind the run: the rows under way stop at their next step. A second one, or rows that don't
     stop in time, end the process at once, which every part of the run is made to bear.
+
+    While the flow runs, Prefect takes SIGTERM first: it unwinds the flow, and then has it sent again.
     """
 
     def leave() -> None:
         console.show_cursor()
-        click.echo(_INTERRUPTED, err=True)
-        os._exit(INTERRUPTED)
+        code = TERMINATED if pressed[0] == signal.SIGTERM else INTERRUPTED
+        click.echo(_TERMINATED if code == TERMINATED else _INTERRUPTED, err=True)
+        os._exit(code)
 
     def interrupt(number: int, frame: object) -> NoReturn:
         if pressed:
@@ -443,12 +483,13 @@ def _interruptible(console: Console) -> Iterator[None]:
         watchdog = threading.Timer(_INTERRUPT_GRACE_S, leave)
         watchdog.daemon = True
         watchdog.start()
-        raise KeyboardInterrupt
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
