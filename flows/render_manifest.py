@@ -23,8 +23,9 @@ from t2vz import claims, events, metrics, storage, workers
 from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin, read
 from t2vz.media.limits import Limits
+from t2vz.media.provenance import Signing, check
 from t2vz.models.policy import ModelPolicy
-from t2vz.plan import Done, Job, Unready, plan
+from t2vz.plan import ContentPolicy, Done, Job, Unready, plan
 from t2vz.render import Retries, Settings, merge_results, opening, record_unready
 from t2vz.results import ResultRow
 from t2vz.workers import Feed, Outcome, Pool, placed
@@ -131,6 +132,16 @@ class RenderParameters(BaseModel):
         title="Compile",
         description="torch.compile the UNet's blocks: minutes once, then faster on a GPU",
     )
+    content: ContentPolicy = Field(
+        default="flag",
+        title="Content",
+        description="What the model's safety checker flags is told in the row, or withheld: no video; off: don't ask",
+    )
+    sign_certificate: str | None = Field(
+        default=None, title="Certificate", description="Chain in PEM: sign the files as made by AI (C2PA); empty: don't"
+    )
+    sign_key: str | None = Field(default=None, title="Key", description="File with the certificate's private key")
+    sign_prompt: bool = Field(default=False, title="Sign the prompt", description="Tell the prompt in the signed claim")
     split: int = Field(
         default=1,
         title="Split",
@@ -153,6 +164,18 @@ class RenderParameters(BaseModel):
         title="Gallery",
         description="Address of the output folder's gallery, for links; empty: as T2VZ_GALLERY_URL has it",
     )
+
+
+def _signing(parameters: RenderParameters) -> Signing | None:
+    """Raises what `provenance.check` does, before anything is rendered."""
+    certificate, key = parameters.sign_certificate, parameters.sign_key
+    if (certificate is None) != (key is None):
+        raise UnexpectedError("to sign, a certificate and its key are needed: give both", stage="settings")
+    if certificate is None or key is None:
+        return None
+    signing = Signing(certificate, key, parameters.sign_prompt)
+    check(signing)
+    return signing
 
 
 def _run_name() -> str:
@@ -187,6 +210,8 @@ def render_manifest(parameters: RenderParameters) -> Any:
         clip_model=parameters.clip_model,
         compiled=parameters.compiled,
         split=parameters.split,
+        content=parameters.content,
+        signing=_signing(parameters),
         retries=Retries(**parameters.retries.model_dump()),
     )
     if parameters.split > 1 and (parameters.executor in ("processes", "ray") or (parameters.workers or 1) > 1):
@@ -226,6 +251,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
                     settings.limits,
                     parameters.verify,
                     settings.models,
+                    parameters.content,
                 )
                 ahead, whole = _ahead(items, parameters.max_row_tasks, counts)
                 progress, counted = Progress(), None

@@ -101,6 +101,7 @@ def submit_shards(parameters: ShardParameters) -> Any:
             verify=parameters.render.verify,
             limits=settings.limits,
             models=settings.models,
+            content=parameters.render.content,
         ):
             if isinstance(item, Unready):
                 record_unready(item, settings)
@@ -111,7 +112,14 @@ def submit_shards(parameters: ShardParameters) -> Any:
         while fleet.under_way:
             fleet.poll()
 
-    counts = shards.outcome(parameters.manifest, parameters.out, parameters.defaults, settings.limits, settings.models)
+    counts = shards.outcome(
+        parameters.manifest,
+        parameters.out,
+        parameters.defaults,
+        settings.limits,
+        settings.models,
+        parameters.render.content,
+    )
     if not counts["open"]:
         shards.sweep(parameters.manifest, parameters.out, parameters.defaults)
     summary = {**counts, **{f"shards_{state}": number for state, number in fleet.ended.items()}}

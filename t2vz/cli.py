@@ -1,4 +1,4 @@
-"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `gallery`, `app`, `maintain`, `eval`.
+"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `gallery`, `app`, `provenance`, `maintain`, `eval`.
 
 Light: what renders is imported when it renders.
 """
@@ -32,14 +32,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from t2vz.manifest import Problem
-    from t2vz.plan import Done, Job, Unready, Work
+    from t2vz.plan import ContentPolicy, Done, Job, Unready, Work
     from t2vz.results import ResultRow
 
-OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _TOLD_ROWS = 20
 _INTERRUPT_GRACE_S = 15.0
-_INTERRUPTED = "interrupted: finished rows are kept; the same command goes on with the others"
+_GOES_ON = "finished rows are kept; the same command goes on with the others"
+_INTERRUPTED, _TERMINATED = f"interrupted: {_GOES_ON}", f"stopped by SIGTERM: {_GOES_ON}"
 
 # Before Prefect is imported; what the user has set wins.
 _PREFECT_SETTINGS = {
@@ -55,6 +56,7 @@ Exit codes:
     1  some rows failed, or have problems
     2  wrong usage, or the manifest or output folder as a whole can't be used
   130  interrupted
+  143  stopped by SIGTERM
 T2VZ_DEBUG=1 shows tracebacks of errors."""
 
 
@@ -73,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo(_INTERRUPTED, err=True)
         return INTERRUPTED
+    except _Terminated:
+        click.echo(_TERMINATED, err=True)
+        return TERMINATED
     except BrokenPipeError:  # the reader of our output is gone (`t2vz results … | head`): exit as click does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -113,6 +118,13 @@ def _columns(context: click.Context, parameter: click.Parameter, incomplete: str
     return [CompletionItem(text) for text in found if text.startswith(incomplete)]
 
 
+_content_option: Callable[[Any], Any] = click.option(
+    "--content",
+    type=click.Choice(["off", "flag", "withhold"]),
+    default="flag",
+    show_default=True,
+    help="What the model's safety checker flags: off: it is not asked; flag: the row says so; withhold: no video.",
+)
 _default_option: Callable[[Any], Any] = click.option(
     "--default",
     "defaults",
@@ -157,6 +169,7 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--out", type=click.Path(), help="Output folder: what is done there is counted as done.")
 @_default_option
 @_input_options
+@_content_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     manifest: str,
@@ -165,6 +178,7 @@ def plan(
     limits: dict[str, Any],
     allow_pickles: bool,
     model_checksums: str | None,
+    content: ContentPolicy,
     as_json: bool,
 ) -> int:
     """Check MANIFEST and say what rendering it takes. Tells all problems at once; renders nothing."""
@@ -176,7 +190,7 @@ def plan(
     unready: list[Unready] = []
 
     def items() -> Iterator[Job | Unready | Done]:
-        for item in planned(manifest, out, defaults, Limits(**limits), models=policy):
+        for item in planned(manifest, out, defaults, Limits(**limits), models=policy, content=content):
             if isinstance(item, Unready):
                 unready.append(item)
             yield item
@@ -240,6 +254,10 @@ def plan(
     type=click.IntRange(1, 64),
     help="Processes that share the frames of each clip, one a device; under `accelerate launch`, all that it starts.",
 )
+@_content_option
+@click.option("--sign-certificate", type=click.Path(), help="Sign the files as made by AI (C2PA): the chain, in PEM.")
+@click.option("--sign-key", type=click.Path(), help="The certificate's private key, in PEM.")
+@click.option("--sign-prompt", is_flag=True, help="Tell the prompt in the signed claim.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics there.")
 @click.option("--metrics-folder", type=click.Path(), help="Write them there, for node-exporter's textfile collector.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
@@ -254,7 +272,7 @@ def run(
     from rich.console import Console
 
     from t2vz.models.policy import ModelPolicy
-    from t2vz.plan import Done
+    from t2vz.plan import Done, check_out
     from t2vz.plan import plan as planned
     from t2vz.quality import check_clip_model
 
@@ -270,8 +288,8 @@ def run(
     if options["clip_model"] is not None:
         check_clip_model(options["clip_model"])
     policy = ModelPolicy(options["allow_pickles"], options["model_checksums"])
-    done = 0
-    items = planned(manifest, out, defaults, Limits(**options["limits"]), options["verify"], policy)
+    done, limits = 0, Limits(**options["limits"])
+    items = planned(manifest, out, defaults, limits, options["verify"], policy, options["content"])
     for done, item in enumerate(items, 1):  # noqa: B007
         if not isinstance(item, Done):
             break
@@ -289,6 +307,7 @@ def run(
             _leave(OK)
         return OK
 
+    check_out(out)
     console, began = Console(stderr=True), time.monotonic()
     with _interruptible(console):
         summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, split=split, **options)
@@ -437,6 +456,21 @@ def gallery(out: str, serves: bool, port: int | None, file: str | None, embed: b
 
 
 @cli.command(epilog=EPILOG)
+@click.argument("video", type=click.Path())
+def provenance(video: str) -> int:
+    """Say what VIDEO tells of how it was made, as one JSON object: parameters, watermark, signature.
+
+    null: it has none. A signature that is not valid counts as a problem.
+    """
+    from t2vz.media.provenance import read
+
+    with translating("decode", video):
+        found = read(video)
+    click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+    return SOME_FAILED if found["signature"] and not found["signature"]["valid"] else OK
+
+
+@cli.command(epilog=EPILOG)
 @click.argument("out", type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @click.option(
@@ -580,16 +614,23 @@ def _can_be_written(folder: Path) -> bool:
         return False
 
 
+class _Terminated(BaseException):
+    """The process got SIGTERM."""
+
+
 @contextmanager
 def _interruptible(console: Console) -> Iterator[None]:
-    """Ctrl-C unwinds the run: the rows under way stop at their next step. A second one, or rows that don't
+    """Ctrl-C and SIGTERM unwind the run: the rows under way stop at their next step. A second one, or rows that don't
     stop in time, end the process at once, which every part of the run is made to bear.
+
+    While the flow runs, Prefect takes SIGTERM first: it unwinds the flow, and then has it sent again.
     """
 
     def leave() -> None:
         console.show_cursor()
-        click.echo(_INTERRUPTED, err=True)
-        os._exit(INTERRUPTED)
+        code = TERMINATED if pressed[0] == signal.SIGTERM else INTERRUPTED
+        click.echo(_TERMINATED if code == TERMINATED else _INTERRUPTED, err=True)
+        os._exit(code)
 
     def interrupt(number: int, frame: object) -> NoReturn:
         if pressed:
@@ -598,12 +639,13 @@ def _interruptible(console: Console) -> Iterator[None]:
         watchdog = threading.Timer(_INTERRUPT_GRACE_S, leave)
         watchdog.daemon = True
         watchdog.start()
-        raise KeyboardInterrupt
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _tell_run(out: str, summary: dict[str, Any], quiet: bool, elapsed_s: float) -> None:

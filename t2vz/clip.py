@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,9 +21,13 @@ def allocate(shape: tuple[int, ...], workspace: Path | None = None, dtype: Any =
     """An array of zeros for a clip's frames: in memory, or above 256 MiB mapped to a file.
 
     workspace: folder for that file, which has no name and goes with the array. None: the system's temporary
-    folder. Raises OSError if the disk has no room.
+    folder. Raises OSError if the disk has no room, MemoryError if the memory has none: the system would let it be
+    taken, and kill the process when it is filled.
     """
-    if _size_bytes(shape, dtype) <= MAX_IN_MEMORY_BYTES:
+    size_bytes = _size_bytes(shape, dtype)
+    if size_bytes <= MAX_IN_MEMORY_BYTES:
+        if size_bytes > free_memory_bytes():
+            raise MemoryError(f"{size_bytes >> 20} MiB are needed")
         return np.zeros(shape, dtype)
     array, file = mapped(shape, workspace, dtype)
     file.close()
@@ -52,6 +57,21 @@ def mapped(
 
 def _size_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def free_memory_bytes() -> int:
+    """What this machine, or this container of it, has to give. Without a bound where the system doesn't tell."""
+    free = 2**63
+    with suppress(OSError, ValueError, KeyError):
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError, KeyError):  # ValueError: "max"
+        most = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # which is given back
+        free = min(free, max(0, most - taken))
+    return free
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@
     │   ├── OutOfDeviceMemory    even with one frame a chunk
     │   ├── InvalidFrames        NaN or infinite values
     │   └── DeviceLost           the device went away                                          (retryable)
+    ├── ContentWithheld          the model's safety checker flagged the frames                 content
     ├── EncodeError              the frames can't be written as asked                          encode
     ├── OutputError              the output folder refuses: no space, no permission            encode
     ├── ResultsError             the results table can't be read or written                    results
@@ -150,6 +151,10 @@ class InvalidFrames(GenerationError):
 
 class DeviceLost(GenerationError):
     retryable = True
+
+
+class ContentWithheld(T2VZError):
+    stage = "content"
 
 
 class EncodeError(T2VZError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from t2vz.storage import Entry, Place
 Kind = Literal["video", "joined video", "strip", "thumbnails", "workspace", "snapshot", "claim", "draft", "table file"]
 _PICTURES = {"strips": "strip", "thumbnails": "thumbnails"}  # folder → kind
 
-_DRAFT = re.compile(r"#\d+$")  # what obstore writes to a folder before it renames it
 _DRAFT_KEPT_S = 3600
 
 
@@ -91,7 +89,7 @@ def maintain(out: Place, run_id: str, *, dry_run: bool = False, older_than: time
     Raises ResultsError (no results there), OutputError, StorageTimeout, ResultsBusy.
     """
     out = storage.normal(out)
-    check_out(out)
+    check_out(out, to_write=not dry_run)
     store = ResultStore(out)
     if store.is_empty():  # in any other folder what lies in `videos` is not ours
         raise ResultsError(f"{out}: there are no results here; is it a run's output folder?")
@@ -207,14 +205,10 @@ def _snapshots(out: Place, store: ResultStore) -> Iterator[Item]:
 
 def _drafts(out: Place) -> Iterator[Item]:
     """Objects of a local folder that a killed process left half written; by the file system's own clock."""
-    if storage.is_remote(out):
-        return
-    for folder in ("records", "claims", "runs", "results", "results/_delta_log"):
-        place = Path(out, folder)
-        for file in sorted(place.iterdir()) if place.is_dir() else ():
-            with suppress(FileNotFoundError):
-                if _DRAFT.search(file.name) and _now_s(Path(out)) - file.stat().st_mtime > _DRAFT_KEPT_S:
-                    yield Item("draft", f"{folder}/{file.name}", file.stat().st_size)
+    for file in storage.drafts(out):
+        with suppress(FileNotFoundError):
+            if _now_s(Path(out)) - file.stat().st_mtime > _DRAFT_KEPT_S:
+                yield Item("draft", str(file.relative_to(out)), file.stat().st_size)
 
 
 def _now_s(folder: Path) -> float:

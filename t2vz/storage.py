@@ -29,6 +29,9 @@ from t2vz.errors import OutputError, ResultsError, StorageTimeout, T2VZError, tr
 Place = str | Path
 
 _S3 = "s3://"
+# Where objects are written by renaming a draft, and what the drafts of obstore, deltalake and `files.whole` are named.
+_FOLDERS = ("records", "claims", "runs", "results", "results/_delta_log", "joined", "manifests/shards")
+_DRAFT = re.compile(r"#\d+$|^_commit_.*\.tmp$|^\..*\.draft$")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _REQUEST_TIMEOUT_S = 30
@@ -316,6 +319,15 @@ def stream(place: Place, key: str) -> Iterator[bytes]:
     except Exception as error:
         with translating_storage(place):
             raise error
+
+
+def drafts(place: Place) -> Iterator[Path]:
+    """What a process that was killed left half written in a local folder beside the objects; of others at work, too."""
+    if is_remote(place):
+        return
+    for folder in _FOLDERS:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            yield from sorted(path for path in Path(place, folder).iterdir() if _DRAFT.search(path.name))
 
 
 def check(place: Place) -> None:

@@ -90,6 +90,7 @@ def decode(
                 f"video_length, or lower fps"
             )
         size = sized(source, width, height, longest_px)
+        limits.check_clip(str(path), len(plan.indexes), *size)
         frames = room((len(plan.indexes), size[1], size[0], 3), workspace)
         decoder, delivered, lost = _read(source, plan.indexes, frames, fit, warnings)
         if delivered == 0:

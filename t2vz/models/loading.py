@@ -433,6 +433,49 @@ def _load_controlnet(reference: str, base: Components, spec: JobSpec, device: st
         return _ready(model, f"controlnet {reference}", spec, device)
 
 
+def safety_checker(spec: JobSpec, device: str) -> tuple[Any, Any] | None:
+    """The safety checker of the row's model and its image processor; None if the model has none, as `mini`, SDXL and
+    single files. Raises ModelError if it names one that is not whole.
+    """
+    reference = table.model_reference(spec)
+    if Path(reference).is_file():
+        return None
+    key = ("safety_checker", table.base_identity(spec), *_place(spec, device))
+    return _cached(key, lambda: _load_safety_checker(reference, spec, device))
+
+
+_CHECKER = "StableDiffusionSafetyChecker"
+
+
+def _load_safety_checker(reference: str, spec: JobSpec, device: str) -> tuple[Any, Any] | None:
+    from diffusers import DiffusionPipeline
+
+    with _loading(reference):
+        pinned, folder = _pinned(reference, spec.revision), table.resolve(reference)
+        named = (DiffusionPipeline.load_config(folder, **pinned).get("safety_checker") or (None, None))[1]
+        if named is None:
+            return None
+        if named != _CHECKER:
+            raise ModelError(f"model {spec.model}: its safety checker is a {named}; only {_CHECKER} is known")
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessor
+
+        if not pinned:
+            _require_safetensors(Path(folder) / "safety_checker")
+        model, report = StableDiffusionSafetyChecker.from_pretrained(
+            folder,
+            subfolder="safety_checker",
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=_dtype(spec),
+            **pinned,
+        )
+        if report["missing_keys"]:  # without its concepts it would flag nothing, or everything
+            raise _incomplete(model, f"model {spec.model}", sorted(report["missing_keys"]))
+        extractor = CLIPImageProcessor.from_pretrained(folder, subfolder="feature_extractor", **pinned)
+        return _ready(model, f"model {spec.model}", spec, device), extractor
+
+
 def _dtype(spec: JobSpec) -> Any:
     import torch
 
