@@ -489,6 +489,14 @@ def test_messages_have_no_secrets_and_play_with_no_terminal(monkeypatch: pytest.
         assert T2VZError(text).message == told
 
 
+def test_ids_and_prompts_make_no_links_pictures_or_tags_in_artifacts() -> None:
+    from t2vz_flows.shown import cell
+
+    assert cell("![x](http://h/x.png)") == r"!\[x\](http://h/x.png)"
+    assert cell("<img src=x>&lt;b>") == "&lt;img src=x>&amp;lt;b>"
+    assert cell("a|b\\`c`\nd_e") == r"a\|b\\\`c\` d_e"
+
+
 # Models
 
 
