@@ -46,7 +46,7 @@ eval: $(READY)   ## measure quality with the embedded model into eval-out/; the 
 bench: $(READY)  ## benchmarks; each prints one JSON object as its last line
 	@set -e; for file in engine gpu manifest results workers; do echo "== $$file"; $(BIN)/python tests/benchmarks/$$file.py; done
 
-fuzz: $(READY)   ## 2,000 damaged media files, 500 manifests, 200 models; a quarter of an hour; ends in one JSON object
+fuzz: $(READY)   ## 2,000 damaged media files, 500 manifests, 200 models; minutes; ends in one JSON object
 	@$(BIN)/python tests/fuzz/fuzz.py
 
 scale: $(READY)  ## what orchestration costs with 100,000 rows: Prefect on PostgreSQL, half an hour; ends in one JSON object

@@ -153,7 +153,7 @@ def _sheet(pictures: list[tuple[ResultRow, bytes]], gallery: str | None) -> str:
 def cell(text: str) -> str:
     """The text as a cell of a Markdown table."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\|`*_\[\]!])", r"\\\1", plain)  # no links and pictures from elsewhere
+    return re.sub(r"([\\|`\[\]])", r"\\\1", plain)  # no links, and no pictures from elsewhere
 
 
 def taken(make: Callable[[], Any]) -> Any:

@@ -295,6 +295,30 @@ def test_a_postscript_that_is_called_png_starts_no_program(tmp_path: Path, monke
     assert not witness.exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
+def test_a_bomb_takes_its_row_and_no_other(tmp_path: Path, clip: Path) -> None:
+    Image.new("RGB", (8000, 8000)).save(tmp_path / "bomb.png")  # 192 kB, and 192 MB once it is decoded
+    limits = Limits(max_decode_bytes=60 * 10**6, max_pixels=8192**2)
+    path = edits(tmp_path, "bomb.png", str(clip))
+    settings = Settings(tmp_path / "out", str(path), "run", "cpu", limits)
+    with opening(settings):
+        bad, good = plan(path, None, limits=limits)
+        assert isinstance(good, Job)
+        assert isinstance(error_of(bad), SourceTooLarge)
+        assert isinstance(bad, Unready)
+        row = record_unready(bad, settings)
+        work = Render(good, settings)
+        work.run("decode")
+    assert (row.status, row.error_stage, row.error_class, row.retryable) == (
+        "failed",
+        "decode",
+        "SourceTooLarge",
+        False,
+    )
+    assert "bomb.png" in str(row.error_message)
+    assert work.clip is not None
+
+
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
@@ -487,6 +511,14 @@ def test_messages_have_no_secrets_and_play_with_no_terminal(monkeypatch: pytest.
     }.items():
         assert harmless(text) == told
         assert T2VZError(text).message == told
+
+
+def test_ids_and_prompts_make_no_links_pictures_or_tags_in_artifacts() -> None:
+    from t2vz_flows.shown import cell
+
+    assert cell("![x](http://h/x.png)") == r"!\[x\](http://h/x.png)"
+    assert cell("<img src=x>&lt;b>") == "&lt;img src=x>&amp;lt;b>"
+    assert cell("a|b\\`c`\nd_e") == r"a\|b\\\`c\` d_e"
 
 
 # Models
