@@ -133,7 +133,7 @@ class Batch:
         return self.chance.choice(tree)
 
     def _awaited(self, pid: int, moment: str) -> bool:
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 10
         before = self._table_files()
         while psutil.pid_exists(pid) and time.monotonic() < deadline:
             if moment == "table":
