@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix eval bench fuzz scale columns clean
+.PHONY: help setup demo test check fix eval bench fuzz scale faults columns clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -36,6 +36,9 @@ check: $(READY)  ## lint, format, types, layer rules
 fix: $(READY)    ## format, and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+faults: $(READY)  ## hundreds of kills, 10,000 rows in one go: three quarters of an hour; ends in one JSON object
+	@$(BIN)/python tests/benchmarks/faults.py
 
 columns: $(READY)  ## rewrite the table of columns in manifests/README.md
 	@$(BIN)/python -m t2vz.columns

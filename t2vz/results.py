@@ -38,6 +38,7 @@ SCHEMA_VERSION = 2
 _log = logging.getLogger(__name__)
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MERGE_TRIES = 20
+_MERGE_BYTES = 128 * 2**10  # a merge of one row takes 60 kB; the table's library panics aloud on a full disk
 _COMPACT_FILES = 100  # a MERGE slows with the number of files, and every flush adds one
 
 
@@ -377,6 +378,7 @@ class ResultStore:
             if row.job_id not in newest or replaces(row, newest[row.job_id]):
                 newest[row.job_id] = row
         if newest:
+            storage.check_room(self.out, _MERGE_BYTES + 2 * sum(entry.size_bytes for entry in merged.values()))
             with translating_storage(self.out):
                 self._merge(_to_arrow(list(newest.values())))
         # Another flusher may have removed one, and a later run put a new one in its place: that stays.

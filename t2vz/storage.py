@@ -10,6 +10,7 @@ answer; retryable) and ResultsError (anything else).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -334,6 +335,16 @@ def check(place: Place) -> None:
     """Raise OutputError or StorageTimeout if the S3 place can't be listed: no such bucket, no permission, no answer."""
     for _ in entries(place, "claims"):
         return
+
+
+def check_room(place: Place, size_bytes: int) -> None:
+    """Raise OutputError if a local folder's disk has not so much room. For writers that bear a full disk badly."""
+    with translating_storage(place):
+        if _is_missing(place) or is_remote(place):
+            return
+        found = os.statvfs(place)
+        if found.f_bavail * found.f_frsize < size_bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def table_options(place: Place) -> dict[str, str] | None:
