@@ -436,7 +436,8 @@ def gallery(out: str, serves: bool, port: int | None, file: str | None, embed: b
     """Make a page to look at the output folder OUT: every row's source, conditions and result, moving in step.
 
     It can be filtered and sorted by status, mode, model, words and quality; a row opens to all that is known of it.
-    Needs nothing but a browser: no network, no server unless --serve.
+    Needs nothing but a browser: no network, no server unless --serve. Of a folder on S3 the page is written there, or
+    served from here.
     """
     if serves and (file is not None or embed):
         raise click.UsageError("--serve writes no page; leave --file and --embed out")

@@ -55,7 +55,7 @@ def page(out: Place, data: dict[str, Any] | None) -> str:
     return str(
         template.render(
             name=str(out).rstrip("/").rpartition("/")[2] or str(out),
-            policy=policy(),
+            policy=policy() if data is None else policy("file:"),
             style=style,
             script=script,
             data={"live": data is None, "out": str(out)} | (data or {}),
@@ -63,13 +63,15 @@ def page(out: Place, data: dict[str, Any] | None) -> str:
     )
 
 
-@lru_cache(maxsize=1)
-def policy() -> str:
-    """The page's Content-Security-Policy: its own script and style, and nothing from elsewhere."""
+@lru_cache(maxsize=2)
+def policy(*places: str) -> str:
+    """The page's Content-Security-Policy: its own script and style, pictures and videos from its own server (of which a
+    page that is a file has none) and from `places`, and nothing from elsewhere."""
+    media = " ".join(("'self'", *places))
     style, script, _ = _parts()
     return (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)} {_hash(plots.style())}; "
-        "img-src 'self' data:; media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
+        f"img-src {media} data:; media-src {media}; connect-src 'self'; base-uri 'none'; form-action 'none'"
     )
 
 
