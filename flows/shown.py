@@ -111,7 +111,7 @@ def publish(
     if ended:
         taken(lambda: create_table_artifact(ended, key="row-counts", description="How the run's rows ended"))
     if failures:
-        description = f"{counts['failed']} rows that failed" + ("" if counts["failed"] == len(table) else ": the first")
+        description = f"Failed rows: {counts['failed']}" + ("" if counts["failed"] == len(table) else ": the first")
         taken(lambda: create_table_artifact(table, key="failed-rows", description=description))
     pictures = [(row, picture) for row in finished if (picture := taken(partial(moving_thumbnail, out, row)))]
     if pictures:

@@ -779,10 +779,10 @@ def _is_done(job: Job, settings: Settings, lost: int) -> bool:
 
 
 def withdraw(out: Place, published: Finished) -> None:
-    """Remove an earlier output and its strip."""
+    """Remove an earlier output, its strip and its thumbnails."""
     key = published.output_uri
     storage.remove_all(out, [entry.key for entry in storage.entries(out, key, deep=True)])  # of a folder of images
-    storage.remove_all(out, [strip_key(key)])
+    storage.remove_all(out, [strip_key(key), thumbnails_key(key)])
     if storage.is_remote(out):
         storage.remove(out, key)
     else:

@@ -138,7 +138,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises SourceError if it can't be read.
     """
-    from t2vz.media.decode import decode
+    from t2vz.media.sandbox import decode
     from t2vz.media.watermark import read as watermark_of
 
     frames = decode(path, video_length=_READ_FRAMES).frames
