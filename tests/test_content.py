@@ -23,6 +23,7 @@ from t2vz.plan import Done, Job, Unready, plan
 from t2vz.render import Settings, opening, render
 from t2vz.results import ResultRow, read
 
+SHOWN = ("videos", "strips", "thumbnails")
 ALWAYS, NEVER = -2.0, 2.0  # thresholds of a cosine
 FRAMES = 4
 
@@ -148,7 +149,7 @@ def test_what_is_withheld_leaves_nothing_to_see_and_is_not_tried_again(flags_all
 
 def shown(out: Path) -> list[str]:
     """Everything that pictures could be in: videos, strips, thumbnails, snapshots and drafts."""
-    found = [path for name in ("videos", "strips", "thumbnails", ".work") for path in (out / name).rglob("*") if path.is_file()]
+    found = [path for name in (*SHOWN, ".work") for path in (out / name).rglob("*") if path.is_file()]
     return sorted(str(path.relative_to(out)) for path in found if path.name != "sweep.lock")
 
 
@@ -181,12 +182,12 @@ def test_on_s3_it_is_taken_back_too(flags_all, manifest, s3, tmp_path):
     settings = Settings(out, str(path), "first", "cpu")
     with opening(settings):
         assert render(job, settings).status == "ok"
-    assert list(storage.entries(out, "strips")) and list(storage.entries(out, "thumbnails"))
+    assert all(list(storage.entries(out, folder)) for folder in SHOWN)
     (job,) = plan(path, out, content="withhold")
     settings = replace(settings, run_id="second", content="withhold")
     with opening(settings):
         assert render(job, settings).error_class == "ContentWithheld"
-    assert [entry.key for folder in ("videos", "strips", "thumbnails") for entry in storage.entries(out, folder, deep=True)] == []
+    assert [entry.key for folder in SHOWN for entry in storage.entries(out, folder, deep=True)] == []
 
 
 @pytest.mark.parametrize("policy", ["flag", "withhold"])

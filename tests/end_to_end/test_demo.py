@@ -95,7 +95,9 @@ def test_file_carries_the_parameters_of_its_row(rendered: Any) -> None:
         carried = video.metadata
         assert carried.pop("job_id") == result.job_id
         assert carried.pop("t2vz") == result.t2vz_version
-        assert carried == json.loads(result.parameters)
+        parameters = json.loads(result.parameters)
+        del parameters["cells"]  # may hold paths, which are no business of whoever gets the file
+        assert carried == parameters
         assert carried["prompt"] == row.spec.prompt == result.prompt
         assert carried["seed"] == row.spec.seed == result.seed
 
