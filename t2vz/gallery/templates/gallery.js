@@ -2,7 +2,7 @@
 // The page of t2vz's gallery. Every text from a row is put in as text, never as markup. Only the cards in and near the
 // window exist, so that thousands of rows cost no more than a screenful.
 (() => {
-const GAP = 16, NARROWEST = 340, STAGE = 184, CAPTION = 16, OVERSCAN = 600, ASK_EVERY_MS = 2000;
+const GAP = 16, NARROWEST = 340, STAGE = 184, CAPTION = 16, OVERSCAN = 600, ASK_EVERY_MS = 2000, SETTLED_MS = 60;
 const STAGES = ["decode", "conditions", "model", "generate", "encode"];
 const TABLES = {
   "Made": ["id", "status", "attempts", "model", "model_revision", "controlnets", "loras", "scheduler", "dtype", "device", "seed", "width", "height", "frames", "fps", "codec", "audio_kept"],
@@ -260,7 +260,8 @@ function panels(into, row, width, height) {
     }));
   };
   picture.onerror = () => box.replaceChildren("its picture is not there");
-  picture.src = address(row.picture);
+  // Whoever flings through the list leaves most cards behind at once: those load nothing.
+  setTimeout(() => { if (box.isConnected) picture.src = address(row.picture); }, SETTLED_MS);
 }
 
 const address = place => place.startsWith("data:") ? place : base + place;
