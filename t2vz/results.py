@@ -267,6 +267,9 @@ class ResultStore:
 
     def state(self) -> State:
         """What there is now."""
+        return storage.patiently(self._state)
+
+    def _state(self) -> State:
         import pyarrow.compute as pc
 
         times: list[datetime] = []

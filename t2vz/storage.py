@@ -16,13 +16,14 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from t2vz import files
 from t2vz.errors import OutputError, ResultsError, StorageTimeout, T2VZError, translate
@@ -38,10 +39,12 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _REQUEST_TIMEOUT_S = 30
 _RETRIES = 6  # of a request that got no answer or a 5xx, with exponential backoff
 _RETRY_TIMEOUT_S = 60
+_READ_PAUSES_S = (0.2, 0.8, 3.0)
 _PARALLEL_REQUESTS = 16
 
 _NO_ANSWER = re.compile(
-    r"timed out|timeout|error sending request|connection (reset|refused|closed)|status code: (5\d\d|429)|dns error",
+    r"timed out|timeout|error sending request|connection (reset|refused|closed)|status code: (5\d\d|429)|dns error"
+    r"|body error|IncompleteBody|UnexpectedEof",
     re.IGNORECASE,
 )
 
@@ -53,6 +56,20 @@ class Entry(NamedTuple):
     size_bytes: int
     modified: datetime
     version: str
+
+
+T = TypeVar("T")
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """`read()`, tried again if storage does not answer: an answer that ends in its middle the library does not ask for
+    again. For what changes nothing. Raises what it raises in the end."""
+    for pause_s in _READ_PAUSES_S:
+        try:
+            return read()
+        except StorageTimeout:
+            time.sleep(pause_s)
+    return read()
 
 
 def is_remote(place: Place) -> bool:
@@ -94,22 +111,28 @@ def get(place: Place, key: str) -> bytes | None:
     """The object; None if there is none."""
     import obstore
 
-    with translating_storage(place), suppress(FileNotFoundError, NotADirectoryError):
-        return bytes(obstore.get(store(place), key).bytes()) if is_remote(place) else Path(place, key).read_bytes()
-    return None
+    def read() -> bytes | None:
+        with translating_storage(place), suppress(FileNotFoundError, NotADirectoryError):
+            return bytes(obstore.get(store(place), key).bytes()) if is_remote(place) else Path(place, key).read_bytes()
+        return None
+
+    return patiently(read)
 
 
 def head(place: Place, key: str) -> Entry | None:
     """What a listing would say of the object; None if there is none."""
     import obstore
 
-    with translating_storage(place):
-        if _is_missing(place):
-            return None
-        try:
-            return _entry(obstore.head(store(place), key))
-        except FileNotFoundError:
-            return None
+    def read() -> Entry | None:
+        with translating_storage(place):
+            if _is_missing(place):
+                return None
+            try:
+                return _entry(obstore.head(store(place), key))
+            except FileNotFoundError:
+                return None
+
+    return patiently(read)
 
 
 def create(place: Place, key: str, body: bytes) -> bool:
@@ -242,15 +265,17 @@ def entries(place: Place, folder: str, *, deep: bool = False) -> Iterator[Entry]
     """The objects directly in a folder of the place, in the order of their keys; deep: in the folders below it, too."""
     import obstore
 
-    with translating_storage(place):
-        if _is_missing(place):
-            return
-        if deep:
-            listed: Any = (found for batch in obstore.list(store(place), folder) for found in batch)
-        else:
-            listed = obstore.list_with_delimiter(store(place), folder)["objects"]
-        found = sorted(map(_entry, listed))
-    yield from found
+    def read() -> list[Entry]:
+        with translating_storage(place):
+            if _is_missing(place):
+                return []
+            if deep:
+                listed: Any = (found for batch in obstore.list(store(place), folder) for found in batch)
+            else:
+                listed = obstore.list_with_delimiter(store(place), folder)["objects"]
+            return sorted(map(_entry, listed))
+
+    yield from patiently(read)
 
 
 def upload(path: Path, place: Place, key: str, attributes: dict[str, str] | None = None) -> None:
@@ -303,9 +328,12 @@ def ranges(place: Place, key: str, spans: list[tuple[int, int]]) -> list[bytes]:
     """The bytes from `start` to before `end` of each span."""
     import obstore
 
-    with translating_storage(place):
-        starts, ends = [start for start, _ in spans], [end for _, end in spans]
-        return [bytes(part) for part in obstore.get_ranges(store(place), key, starts=starts, ends=ends)]
+    def read() -> list[bytes]:
+        with translating_storage(place):
+            starts, ends = [start for start, _ in spans], [end for _, end in spans]
+            return [bytes(part) for part in obstore.get_ranges(store(place), key, starts=starts, ends=ends)]
+
+    return patiently(read)
 
 
 def stream(place: Place, key: str) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ import psutil
 BESIDE = Path(__file__).parent
 for folder in (BESIDE, BESIDE.parent / "faults"):
     sys.path.insert(0, str(folder))
-from batches import batch, options, stub_batch  # noqa: E402
+from batches import batch, options, stub_batch, stub_options  # noqa: E402
 
 BATCH_ROWS, BATCH_KILLS = 24, 25
 STUB_ROWS, STUB_KILLS = 200, 50
@@ -55,7 +55,7 @@ def kills(folder: Path, api: str, number: int, seed: int, *, stub: bool = False)
     met, runs, rows, leftovers, begun = Counter[str](), 0, 0, 0, time.monotonic()
     while met.total() < number:
         one = make(folder / f"batch-{seed}", size, api, seed)
-        one.kill_until(min(most, number - met.total()), options)
+        one.kill_until(min(most, number - met.total()), stub_options if stub else options)
         one.check_end()
         met += one.tally.kills
         runs, rows, leftovers = runs + one.tally.runs, rows + one.rows, leftovers + one.tally.table_leftovers

@@ -45,3 +45,7 @@ def stub_batch(folder: Path, rows: int, api: str, seed: int) -> Batch:
 def options(chance: random.Random) -> tuple[str, ...]:
     """Of a run: rendered by its own process, or by workers, whose start is the dearest of all."""
     return chance.choice([("--executor", "threads"), ("--executor", "threads"), ("--workers", "2")])
+
+
+def stub_options(chance: random.Random) -> tuple[str, ...]:
+    return chance.choice([("--executor", "threads"), ("--workers", "2"), ("--workers", "2")])
