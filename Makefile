@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix eval bench fuzz scale faults columns clean
+.PHONY: help setup demo test check fix eval bench fuzz scale faults columns docs clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -40,8 +40,12 @@ fix: $(READY)    ## format, and mend what ruff can
 faults: $(READY)  ## hundreds of kills, 10,000 rows in one go: three quarters of an hour; ends in one JSON object
 	@$(BIN)/python tests/benchmarks/faults.py
 
-columns: $(READY)  ## rewrite the table of columns in manifests/README.md
+columns: $(READY)  ## rewrite what is made from the code: columns in manifests/README.md, commands in t2vz/README.md
 	@$(BIN)/python -m t2vz.columns
+	@$(BIN)/python -m t2vz.reference
+
+docs: $(READY)   ## run the commands of the pages, and write what they print into them
+	@$(BIN)/python tests/test_docs.py
 
 eval: $(READY)   ## measure quality with the embedded model into eval-out/; the last line is one JSON object
 	@$(BIN)/t2vz eval --out eval-out
