@@ -243,7 +243,7 @@ def test_every_setting_is_told() -> None:
 
 def test_every_error_and_exit_code_is_told() -> None:
     page = (ROOT / "t2vz" / "README.md").read_text("utf-8").partition("## Exit codes")[2].partition("## Completion")[0]
-    assert {"0", "1", "2", "130"} == set(re.findall(r"^\| (\d+) \|", page, re.MULTILINE))
+    assert {"0", "1", "2", "130", "143"} == set(re.findall(r"^\| (\d+) \|", page, re.MULTILINE))
 
 
 def test_arguments_of_diffusers_pipeline_are_all_told() -> None:
