@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix eval bench scale columns clean
+.PHONY: help setup demo test check fix eval bench fuzz scale faults columns docs clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
@@ -37,14 +37,24 @@ fix: $(READY)    ## format, and mend what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-columns: $(READY)  ## rewrite the table of columns in manifests/README.md
+faults: $(READY)  ## hundreds of kills, 10,000 rows in one go: three quarters of an hour; ends in one JSON object
+	@$(BIN)/python tests/benchmarks/faults.py
+
+columns: $(READY)  ## rewrite what is made from the code: columns in manifests/README.md, commands in t2vz/README.md
 	@$(BIN)/python -m t2vz.columns
+	@$(BIN)/python -m t2vz.reference
+
+docs: $(READY)   ## run the commands of the pages, and write what they print into them
+	@$(BIN)/python tests/test_docs.py
 
 eval: $(READY)   ## measure quality with the embedded model into eval-out/; the last line is one JSON object
 	@$(BIN)/t2vz eval --out eval-out
 
 bench: $(READY)  ## benchmarks; each prints one JSON object as its last line
 	@set -e; for file in engine gpu manifest results workers; do echo "== $$file"; $(BIN)/python tests/benchmarks/$$file.py; done
+
+fuzz: $(READY)   ## 2,000 damaged media files, 500 manifests, 200 models; minutes; ends in one JSON object
+	@$(BIN)/python tests/fuzz/fuzz.py
 
 scale: $(READY)  ## what orchestration costs with 100,000 rows: Prefect on PostgreSQL, half an hour; ends in one JSON object
 	@$(BIN)/python tests/benchmarks/scale.py

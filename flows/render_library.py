@@ -18,7 +18,7 @@ from t2vz.library import Joined, Library
 from t2vz.render import Settings, opening
 from t2vz_flows.lifecycle import begin
 from t2vz_flows.options import RenderOptions
-from t2vz_flows.render_manifest import RenderParameters, render_manifest
+from t2vz_flows.render_manifest import RenderParameters, model_policy, render_manifest, source_limits
 from t2vz_flows.shown import cell, taken
 
 _TOLD_SOURCES = 100  # in the summary artifact
@@ -83,6 +83,7 @@ def render_library(parameters: LibraryParameters) -> Any:
         parameters.style,
         cutting=library.Cutting(**parameters.cutting.model_dump()),
         name=parameters.name,
+        limits=source_limits(parameters.render),
     )
     state = render_manifest(
         RenderParameters(manifest=str(found.manifest), out=parameters.out, **dict(parameters.render)),
@@ -91,7 +92,7 @@ def render_library(parameters: LibraryParameters) -> Any:
     rendered = state.result(raise_on_failure=False)
     if not isinstance(rendered, dict):
         raise rendered
-    joined = _join_all(found, parameters.out)
+    joined = _join_all(found, parameters)
     counts: Counter[str] = Counter(one.status for one in joined)
     summary = {"sources": found.sources, "rows": found.rows, **rendered, **counts}
     message = _message(found, str(state.message), counts)
@@ -101,8 +102,14 @@ def render_library(parameters: LibraryParameters) -> Any:
     return Completed(message=message, data=summary)
 
 
-def _join_all(found: Library, out: str) -> list[Joined]:
-    settings = Settings(out=storage.normal(out), manifest=str(found.manifest), run_id=str(runtime.flow_run.id))
+def _join_all(found: Library, parameters: LibraryParameters) -> list[Joined]:
+    settings = Settings(
+        out=storage.normal(parameters.out),
+        manifest=str(found.manifest),
+        run_id=str(runtime.flow_run.id),
+        limits=source_limits(parameters.render),
+        models=model_policy(parameters.render),
+    )
     joined: list[Joined] = []
     with opening(settings):
         for id, what in library.joining(found, settings):

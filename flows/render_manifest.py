@@ -22,13 +22,17 @@ from pydantic import BaseModel, Field
 from t2vz import claims, events, metrics, storage, workers
 from t2vz.errors import UnexpectedError
 from t2vz.manifest import origin, read
-from t2vz.plan import Done, Job, Unready, plan
+from t2vz.media.limits import Limits
+from t2vz.media.provenance import Signing, check
+from t2vz.models.policy import ModelPolicy
+from t2vz.plan import ContentPolicy, Done, Job, Unready, plan
 from t2vz.render import Retries, Settings, merge_results, opening, record_unready
 from t2vz.results import ResultRow
 from t2vz.workers import Feed, Outcome, Pool, placed
 from t2vz_flows.lifecycle import begin
+from t2vz_flows.limits import SourceLimits
 from t2vz_flows.rows import RowTasks, ShardTasks
-from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, message, publish
+from t2vz_flows.shown import PICTURES, TOLD_ROWS, Progress, gallery_address, message, publish, publish_plots
 
 _FLUSH_ROWS = 100  # a merge into the table costs 1 s, whatever its size
 _FLUSH_S = 10.0
@@ -46,6 +50,16 @@ class StageRetries(BaseModel):
     backoff_s: float = Field(
         default=2.0, title="Backoff (s)", description="First delay; doubled each time, with jitter", ge=0, le=600
     )
+
+
+def source_limits(options: Any) -> Limits:
+    """Of RenderParameters or RenderOptions."""
+    return Limits(**options.limits.model_dump())
+
+
+def model_policy(options: Any) -> ModelPolicy:
+    """Of RenderParameters or RenderOptions."""
+    return ModelPolicy(options.allow_pickles, options.model_checksums)
 
 
 class RenderParameters(BaseModel):
@@ -96,6 +110,17 @@ class RenderParameters(BaseModel):
     verify: bool = Field(
         default=False, title="Verify", description="Check the checksums of the videos that are done, not only sizes"
     )
+    limits: SourceLimits = Field(
+        default=SourceLimits(), title="Source limits", description="What the rows' sources may be, and come from"
+    )
+    allow_pickles: bool = Field(
+        default=False,
+        title="Allow pickles",
+        description="Read the weights of openpose, hed, lineart and normal, which are pickles (tensors only)",
+    )
+    model_checksums: str | None = Field(
+        default=None, title="Model checksums", description="JSON file of {model: checksum}; only these are loaded"
+    )
     quality: bool = Field(
         default=False, title="Quality", description="Measure the frames of every row: flicker, warp error, seams, drift"
     )
@@ -107,6 +132,16 @@ class RenderParameters(BaseModel):
         title="Compile",
         description="torch.compile the UNet's blocks: minutes once, then faster on a GPU",
     )
+    content: ContentPolicy = Field(
+        default="flag",
+        title="Content",
+        description="What the model's safety checker flags is told in the row, or withheld: no video; off: don't ask",
+    )
+    sign_certificate: str | None = Field(
+        default=None, title="Certificate", description="Chain in PEM: sign the files as made by AI (C2PA); empty: don't"
+    )
+    sign_key: str | None = Field(default=None, title="Key", description="File with the certificate's private key")
+    sign_prompt: bool = Field(default=False, title="Sign the prompt", description="Tell the prompt in the signed claim")
     split: int = Field(
         default=1,
         title="Split",
@@ -124,6 +159,23 @@ class RenderParameters(BaseModel):
     metrics_folder: str | None = Field(
         default=None, title="Metrics folder", description="Write them there, for node-exporter's textfile collector"
     )
+    gallery_url: str | None = Field(
+        default=None,
+        title="Gallery",
+        description="Address of the output folder's gallery, for links; empty: as T2VZ_GALLERY_URL has it",
+    )
+
+
+def _signing(parameters: RenderParameters) -> Signing | None:
+    """Raises what `provenance.check` does, before anything is rendered."""
+    certificate, key = parameters.sign_certificate, parameters.sign_key
+    if (certificate is None) != (key is None):
+        raise UnexpectedError("to sign, a certificate and its key are needed: give both", stage="settings")
+    if certificate is None or key is None:
+        return None
+    signing = Signing(certificate, key, parameters.sign_prompt)
+    check(signing)
+    return signing
 
 
 def _run_name() -> str:
@@ -152,10 +204,14 @@ def render_manifest(parameters: RenderParameters) -> Any:
         manifest=origin(parameters.manifest),
         run_id=str(runtime.flow_run.id),
         device=parameters.device,
+        limits=source_limits(parameters),
+        models=model_policy(parameters),
         quality=parameters.quality,
         clip_model=parameters.clip_model,
         compiled=parameters.compiled,
         split=parameters.split,
+        content=parameters.content,
+        signing=_signing(parameters),
         retries=Retries(**parameters.retries.model_dump()),
     )
     if parameters.split > 1 and (parameters.executor in ("processes", "ray") or (parameters.workers or 1) > 1):
@@ -171,6 +227,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
     finished: list[ResultRow] = []
     shown: RowTasks | ShardTasks = ShardTasks(parameters.shard_rows)
     port, folder = parameters.metrics_port, parameters.metrics_folder
+    gallery = parameters.gallery_url or gallery_address(parameters.out)
     with (
         workers.connected(asked),
         metrics.exposing(settings.run_id, settings.manifest, port=port, folder=folder),
@@ -188,10 +245,16 @@ def render_manifest(parameters: RenderParameters) -> Any:
         try:
             with sharing, pool, _merging(settings) as merge:  # workers start while rows are planned
                 items = plan(
-                    parameters.manifest, parameters.out, defaults=parameters.defaults, verify=parameters.verify
+                    parameters.manifest,
+                    parameters.out,
+                    parameters.defaults,
+                    settings.limits,
+                    parameters.verify,
+                    settings.models,
+                    parameters.content,
                 )
                 ahead, whole = _ahead(items, parameters.max_row_tasks, counts)
-                progress = Progress()
+                progress, counted = Progress(), None
                 if whole:
                     shown, progress.total = RowTasks(stages=len(ahead) <= _STAGE_ROWS), len(ahead) + counts["done"]
                     events.emit(events.Event("planned", total=len(ahead), done=counts["done"]))
@@ -207,6 +270,9 @@ def render_manifest(parameters: RenderParameters) -> Any:
                         first, limit = (finished, PICTURES) if outcome.status == "ok" else (failures, TOLD_ROWS)
                         first.extend([outcome.row][: limit - len(first)])
                     progress.tell(counts)
+                    if counted is None and not whole and progress.total is not None:
+                        counted = progress.total - counts["done"]
+                        events.emit(events.Event("planned", total=counted, done=counts["done"]))
                 if not whole:
                     to_do = counts.total() - counts["done"]
                     events.emit(events.Event("planned", total=to_do, done=counts["done"]))
@@ -215,7 +281,8 @@ def render_manifest(parameters: RenderParameters) -> Any:
             raise
         shown.end()
     progress.tell(counts, now=True)
-    publish(parameters.manifest, parameters.out, counts, failures, finished)
+    publish(parameters.manifest, parameters.out, counts, failures, finished, gallery)
+    publish_plots(parameters.out, settings.run_id)
     summary = {status: number for status, number in counts.items() if number} | {"run_id": settings.run_id}
     if parameters.max_failed is not None and counts["failed"] > parameters.max_failed:
         return Failed(message=f"{message(counts)}; at most {parameters.max_failed} may fail", data=summary)

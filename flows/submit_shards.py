@@ -28,7 +28,7 @@ from t2vz.plan import Unready
 from t2vz.render import Settings, opening, record_unready
 from t2vz_flows.lifecycle import begin
 from t2vz_flows.options import RenderOptions
-from t2vz_flows.render_manifest import RenderParameters
+from t2vz_flows.render_manifest import RenderParameters, model_policy, source_limits
 from t2vz_flows.shown import cell, taken
 
 _PAGE = 200  # runs in one answer of Prefect's API
@@ -86,6 +86,8 @@ def submit_shards(parameters: ShardParameters) -> Any:
         out=storage.normal(parameters.out),
         manifest=origin(parameters.manifest),
         run_id=str(runtime.flow_run.id),
+        limits=source_limits(parameters.render),
+        models=model_policy(parameters.render),
     )
     with get_client(sync_client=True) as client, opening(settings):
         fleet = _Fleet(parameters, client)
@@ -97,6 +99,9 @@ def submit_shards(parameters: ShardParameters) -> Any:
             rows=parameters.shard_rows,
             held=held,
             verify=parameters.render.verify,
+            limits=settings.limits,
+            models=settings.models,
+            content=parameters.render.content,
         ):
             if isinstance(item, Unready):
                 record_unready(item, settings)
@@ -107,7 +112,14 @@ def submit_shards(parameters: ShardParameters) -> Any:
         while fleet.under_way:
             fleet.poll()
 
-    counts = shards.outcome(parameters.manifest, parameters.out, parameters.defaults)
+    counts = shards.outcome(
+        parameters.manifest,
+        parameters.out,
+        parameters.defaults,
+        settings.limits,
+        settings.models,
+        parameters.render.content,
+    )
     if not counts["open"]:
         shards.sweep(parameters.manifest, parameters.out, parameters.defaults)
     summary = {**counts, **{f"shards_{state}": number for state, number in fleet.ended.items()}}

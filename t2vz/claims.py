@@ -84,8 +84,11 @@ def living(out: Place, run_id: str, lease_s: float = LEASE_S) -> Iterator[None]:
     finally:
         heart.stopped.set()
         thread.join()
-        _release_all(out, run_id)
-        storage.remove(out, _run_key(run_id))
+        try:
+            _release_all(out, run_id)
+            storage.remove(out, _run_key(run_id))
+        except T2VZError as error:  # what the run has done stands; the next one finds it dead, and sweeps
+            _log.warning("the run's claims could not be given back: %s", error)
 
 
 def _release_all(out: Place, run_id: str) -> None:

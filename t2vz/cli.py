@@ -1,41 +1,46 @@
-"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `maintain`, `eval`.
+"""The command line: `t2vz plan`, `run`, `results`, `sheet`, `gallery`, `app`, `provenance`, `maintain`, `eval`.
 
 Light: what renders is imported when it renders.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
 import tempfile
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from itertools import chain
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from t2vz.errors import OutputError, T2VZError, UnexpectedError, UnknownModel, translate, translating
+from t2vz.media.limits import SCHEMES, Limits
 from t2vz.processes import launched
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from t2vz.manifest import Problem
-    from t2vz.plan import Done, Job, Unready, Work
+    from t2vz.plan import ContentPolicy, Done, Job, Unready, Work
     from t2vz.results import ResultRow
 
-OK, SOME_FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED, UNUSABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _TOLD_ROWS = 20
 _INTERRUPT_GRACE_S = 15.0
-_INTERRUPTED = "interrupted: finished rows are kept; the same command goes on with the others"
+_GOES_ON = "finished rows are kept; the same command goes on with the others"
+_INTERRUPTED, _TERMINATED = f"interrupted: {_GOES_ON}", f"stopped by SIGTERM: {_GOES_ON}"
 
 # Before Prefect is imported; what the user has set wins.
 _PREFECT_SETTINGS = {
@@ -51,6 +56,7 @@ Exit codes:
     1  some rows failed, or have problems
     2  wrong usage, or the manifest or output folder as a whole can't be used
   130  interrupted
+  143  stopped by SIGTERM
 T2VZ_DEBUG=1 shows tracebacks of errors."""
 
 
@@ -69,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo(_INTERRUPTED, err=True)
         return INTERRUPTED
+    except _Terminated:
+        click.echo(_TERMINATED, err=True)
+        return TERMINATED
     except BrokenPipeError:  # the reader of our output is gone (`t2vz results … | head`): exit as click does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -96,30 +105,92 @@ def _defaults(context: click.Context, parameter: click.Parameter, values: Iterab
     return defaults
 
 
+def _columns(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What a shell may complete `--default` to: the columns, and the values of those that have a choice of them."""
+    from t2vz.columns import choices
+    from t2vz.spec import JobSpec
+
+    column, equals, _ = incomplete.partition("=")
+    if equals and column in JobSpec.model_fields:
+        found = [f"{column}={value}" for value in choices(JobSpec.model_fields[column].annotation)]
+    else:
+        found = [f"{name}=" for name in JobSpec.model_fields if name != "id"]
+    return [CompletionItem(text) for text in found if text.startswith(incomplete)]
+
+
+_content_option: Callable[[Any], Any] = click.option(
+    "--content",
+    type=click.Choice(["off", "flag", "withhold"]),
+    default="flag",
+    show_default=True,
+    help="What the model's safety checker flags: off: it is not asked; flag: the row says so; withhold: no video.",
+)
 _default_option: Callable[[Any], Any] = click.option(
     "--default",
     "defaults",
     metavar="COLUMN=VALUE",
     multiple=True,
     callback=_defaults,
+    shell_complete=_columns,
     help="Value for the cells that are empty in a column. Repeatable.",
 )
+
+
+def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of what sources and models the rows may name: the command's arguments `limits`, a dict of the fields of
+    `Limits`, `allow_pickles` and `model_checksums`.
+    """
+
+    @functools.wraps(command)
+    def gathered(**options: Any) -> Any:
+        return command(limits={limit.name: options.pop(limit.name) for limit in fields(Limits)}, **options)
+
+    checksums = "JSON file of {model: checksum}; only these are loaded."
+    pickles = "Read the annotators' weights, which are pickles (tensors only)."
+    click.option("--model-checksums", type=click.Path(), help=checksums)(gathered)
+    click.option("--allow-pickles", is_flag=True, help=pickles)(gathered)
+    for limit in reversed(fields(Limits)):
+        meaning: str = limit.metadata["meaning"]
+        if limit.name.startswith("max_"):
+            flag, whole = f"--{limit.name.replace('_', '-')}", isinstance(limit.default, int)
+            kind = click.IntRange(1) if whole else click.FloatRange(0, min_open=True)
+            click.option(flag, type=kind, default=limit.default, show_default=True, help=f"{meaning}.")(gathered)
+        else:
+            flag = f"--source-{limit.name.removesuffix('s')}"
+            choice = click.Choice(SCHEMES) if limit.name == "schemes" else None
+            click.option(
+                flag, limit.name, type=choice, multiple=True, default=limit.default, help=f"{meaning}. Repeatable."
+            )(gathered)
+    return gathered
 
 
 @cli.command(epilog=EPILOG)
 @click.argument("manifest", type=click.Path())
 @click.option("--out", type=click.Path(), help="Output folder: what is done there is counted as done.")
 @_default_option
+@_input_options
+@_content_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool) -> int:
+def plan(
+    manifest: str,
+    out: str | None,
+    defaults: dict[str, str],
+    limits: dict[str, Any],
+    allow_pickles: bool,
+    model_checksums: str | None,
+    content: ContentPolicy,
+    as_json: bool,
+) -> int:
     """Check MANIFEST and say what rendering it takes. Tells all problems at once; renders nothing."""
+    from t2vz.models.policy import ModelPolicy
     from t2vz.plan import Unready, summarise
     from t2vz.plan import plan as planned
 
+    policy = ModelPolicy(allow_pickles, model_checksums)
     unready: list[Unready] = []
 
     def items() -> Iterator[Job | Unready | Done]:
-        for item in planned(manifest, out, defaults):
+        for item in planned(manifest, out, defaults, Limits(**limits), models=policy, content=content):
             if isinstance(item, Unready):
                 unready.append(item)
             yield item
@@ -172,6 +243,7 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
     show_default=True,
     help="Rows under way at once in each worker; bounds the clips in memory.",
 )
+@_input_options
 @click.option("--max-failed", type=click.IntRange(0), help="More failed rows make the Prefect run Failed.")
 @click.option("--verify", is_flag=True, help="Check the checksums of finished videos, not only their sizes.")
 @click.option("--quality", is_flag=True, help="Measure the frames of every row: flicker, warp error, seams, drift.")
@@ -182,17 +254,25 @@ def plan(manifest: str, out: str | None, defaults: dict[str, str], as_json: bool
     type=click.IntRange(1, 64),
     help="Processes that share the frames of each clip, one a device; under `accelerate launch`, all that it starts.",
 )
+@_content_option
+@click.option("--sign-certificate", type=click.Path(), help="Sign the files as made by AI (C2PA): the chain, in PEM.")
+@click.option("--sign-key", type=click.Path(), help="The certificate's private key, in PEM.")
+@click.option("--sign-prompt", is_flag=True, help="Tell the prompt in the signed claim.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics there.")
 @click.option("--metrics-folder", type=click.Path(), help="Write them there, for node-exporter's textfile collector.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress, only the closing counts.")
-def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, quiet: bool, **options: Any) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in the end: counts, speed, failed rows.")
+def run(
+    manifest: str, out: str, defaults: dict[str, str], split: int | None, quiet: bool, as_json: bool, **options: Any
+) -> int:
     """Render the rows of MANIFEST that are not done yet.
 
     Uses the Prefect server that PREFECT_API_URL names, else one of its own for the length of the run.
     """
     from rich.console import Console
 
-    from t2vz.plan import Done
+    from t2vz.models.policy import ModelPolicy
+    from t2vz.plan import Done, check_out
     from t2vz.plan import plan as planned
     from t2vz.quality import check_clip_model
 
@@ -207,11 +287,18 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
     # Before anything heavy starts: a model or manifest that can't be used, or nothing to do.
     if options["clip_model"] is not None:
         check_clip_model(options["clip_model"])
-    items = planned(manifest, out, defaults, verify=options["verify"])
-    first = next(items, None)
-    if all(isinstance(item, Done) for item in chain([] if first is None else [first], items)):
-        why = f"{manifest} has no rows" if first is None else f"every row is done in {out}"
-        click.echo(f"nothing to render: {why}")
+    policy = ModelPolicy(options["allow_pickles"], options["model_checksums"])
+    done, limits = 0, Limits(**options["limits"])
+    items = planned(manifest, out, defaults, limits, options["verify"], policy, options["content"])
+    for done, item in enumerate(items, 1):  # noqa: B007
+        if not isinstance(item, Done):
+            break
+    else:
+        why = f"{manifest} has no rows" if not done else f"every row is done in {out}"
+        if as_json:
+            click.echo(_run_json(out, {"done": done}, 0.0))
+        else:
+            click.echo(f"nothing to render: {why}")
         if processes > 1:
             from t2vz.modes.split import leading
 
@@ -220,10 +307,15 @@ def run(manifest: str, out: str, defaults: dict[str, str], split: int | None, qu
             _leave(OK)
         return OK
 
-    console = Console(stderr=True)
+    check_out(out)
+    console, began = Console(stderr=True), time.monotonic()
     with _interruptible(console):
         summary = _run_flow(console, quiet, manifest=manifest, out=out, defaults=defaults, split=split, **options)
-    _tell_run(out, summary, quiet)
+    elapsed_s = time.monotonic() - began
+    if as_json:
+        click.echo(_run_json(out, summary, elapsed_s))
+    else:
+        _tell_run(out, summary, quiet, elapsed_s)
     code = SOME_FAILED if summary.get("failed") else OK
     if split > 1:
         _leave(code)
@@ -279,6 +371,104 @@ def sheet(out: str, file: Path, **options: Any) -> int:
     count = write_sheet(out, file, **options)
     click.echo(f"{_counted(count, 'row')} drawn in {file}")
     return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.option(
+    "--out", type=click.Path(), default="playground-out", show_default=True, help="Output folder for what is rendered."
+)
+@click.option(
+    "--manifest", type=click.Path(path_type=Path), help="Manifest to append to; OUT/playground.csv if absent."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at: this machine's own alone.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
+@click.option("--max-upload-mb", type=click.IntRange(1), default=500, show_default=True, help="Of one uploaded file.")
+def app(out: str, manifest: Path | None, host: str, port: int, device: str, max_upload_mb: int) -> int:
+    """Serve the playground: a page with a tab for each mode, to try rows and append them to a manifest.
+
+    Needs the extra `app`: pip install 't2vz[app]'. Ends with Ctrl-C.
+    """
+    import uuid
+
+    from t2vz import storage
+    from t2vz.plan import check_out
+    from t2vz.render import Settings
+
+    if storage.is_remote(out):
+        raise OutputError(f"{out}: the playground needs an output folder on this machine")
+    check_out(out)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before its import, which reads it
+    click.echo("starting …", err=True)
+    try:
+        from t2vz.app.page import serve
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is not installed: pip install 't2vz[app]'") from error
+    from t2vz.app.runs import Playground
+
+    kept = manifest or Path(out, "playground.csv")
+    settings = Settings(out=Path(out), manifest=str(kept.absolute()), run_id=f"app-{uuid.uuid4()}", device=device)
+    with suppress(KeyboardInterrupt):  # how it ends
+        serve(
+            Playground(settings, kept),
+            host=host,
+            port=port,
+            max_upload_bytes=max_upload_mb * 10**6,
+            on_ready=lambda address: click.echo(f"playground at {address}; Ctrl-C ends it"),
+        )
+    return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("out", type=click.Path())
+@click.option("--serve", "serves", is_flag=True, help="Show it on 127.0.0.1, with new rows as they come, until Ctrl-C.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of --serve; any free one unless given.")
+@click.option("--file", type=click.Path(), help="Write the page there instead of OUT/gallery.html.")
+@click.option("--embed", is_flag=True, help="Put the moving thumbnails into the page, to send it alone; no videos.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="At most so many rows, the last that finished.",
+)
+def gallery(out: str, serves: bool, port: int | None, file: str | None, embed: bool, limit: int) -> int:
+    """Make a page to look at the output folder OUT: every row's source, conditions and result, moving in step.
+
+    It can be filtered and sorted by status, mode, model, words and quality; a row opens to all that is known of it.
+    Needs nothing but a browser: no network, no server unless --serve. Of a folder on S3 the page is written there, or
+    served from here.
+    """
+    if serves and (file is not None or embed):
+        raise click.UsageError("--serve writes no page; leave --file and --embed out")
+    if port is not None and not serves:
+        raise click.UsageError("--port is for --serve")
+    if serves:
+        from t2vz.gallery.serve import serve
+
+        with suppress(KeyboardInterrupt):
+            serve(out, port or 0, limit, on_start=lambda url: click.echo(f"the gallery is at {url} until Ctrl-C"))
+        return OK
+    from t2vz.gallery.page import write
+
+    where, count = write(out, file, embed=embed, limit=limit)
+    click.echo(f"{_counted(count, 'row')} shown in {where}")
+    return OK
+
+
+@cli.command(epilog=EPILOG)
+@click.argument("video", type=click.Path())
+def provenance(video: str) -> int:
+    """Say what VIDEO tells of how it was made, as one JSON object: parameters, watermark, signature.
+
+    null: it has none. A signature that is not valid counts as a problem.
+    """
+    from t2vz.media.provenance import read
+
+    with translating("decode", video):
+        found = read(video)
+    click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+    return SOME_FAILED if found["signature"] and not found["signature"]["valid"] else OK
 
 
 @cli.command(epilog=EPILOG)
@@ -425,16 +615,23 @@ def _can_be_written(folder: Path) -> bool:
         return False
 
 
+class _Terminated(BaseException):
+    """The process got SIGTERM."""
+
+
 @contextmanager
 def _interruptible(console: Console) -> Iterator[None]:
-    """Ctrl-C unwinds the run: the rows under way stop at their next step. A second one, or rows that don't
+    """Ctrl-C and SIGTERM unwind the run: the rows under way stop at their next step. A second one, or rows that don't
     stop in time, end the process at once, which every part of the run is made to bear.
+
+    While the flow runs, Prefect takes SIGTERM first: it unwinds the flow, and then has it sent again.
     """
 
     def leave() -> None:
         console.show_cursor()
-        click.echo(_INTERRUPTED, err=True)
-        os._exit(INTERRUPTED)
+        code = TERMINATED if pressed[0] == signal.SIGTERM else INTERRUPTED
+        click.echo(_TERMINATED if code == TERMINATED else _INTERRUPTED, err=True)
+        os._exit(code)
 
     def interrupt(number: int, frame: object) -> NoReturn:
         if pressed:
@@ -443,24 +640,71 @@ def _interruptible(console: Console) -> Iterator[None]:
         watchdog = threading.Timer(_INTERRUPT_GRACE_S, leave)
         watchdog.daemon = True
         watchdog.start()
-        raise KeyboardInterrupt
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def _tell_run(out: str, summary: dict[str, Any], quiet: bool) -> None:
-    """The closing summary: a line a row if they are few, the counts, where things are, what to know."""
+def _tell_run(out: str, summary: dict[str, Any], quiet: bool, elapsed_s: float) -> None:
+    """The closing summary: a line a row if they are few, the counts, where things are, what to know. On a terminal
+    the lines are a table.
+    """
+    from rich.console import Console
+
     from t2vz.events import counted
     from t2vz.results import read
 
+    rows: list[ResultRow] = []
     if not quiet and 0 < summary.get("ok", 0) + summary.get("failed", 0) <= _TOLD_ROWS:
-        for row in read(out, all=True).where(run_id=summary["run_id"]):
+        rows += read(out, all=True).where(run_id=summary["run_id"])
+    console = Console()
+    if console.is_terminal and not quiet:
+        from t2vz.terminal import closing_table
+
+        closing_table(console, rows, _rows_of(summary), elapsed_s)
+    else:
+        for row in rows:
             click.echo(_row_line(out, row))
-    click.echo(counted(summary))
+        click.echo(counted(summary))
     click.echo(f"videos in {os.path.join(out, 'videos')}; the table: t2vz results {out}")
+
+
+def _rows_of(summary: dict[str, Any]) -> Counter[str]:
+    return Counter({name: number for name, number in summary.items() if name != "run_id"})
+
+
+def _run_json(out: str, summary: dict[str, Any], elapsed_s: float) -> str:
+    """A run's end as one JSON object."""
+    from t2vz.results import read
+
+    frames, failed = 0, []
+    if summary.get("ok") or summary.get("failed"):
+        found = read(out, all=True).where(run_id=summary["run_id"])
+        frames = sum(found.where(status="ok").arrow()["frames"].drop_null().to_pylist())
+        failed = [
+            {
+                "id": row.id,
+                "stage": row.error_stage,
+                "error": row.error_class,
+                "message": row.error_message,
+                "retryable": row.retryable,
+            }
+            for row in found.where(status="failed")
+        ]
+    told = {
+        "run_id": summary.get("run_id"),
+        "out": out,
+        "rows": dict(_rows_of(summary)),
+        "frames": frames,
+        "elapsed_s": round(elapsed_s, 3),
+        "frames_per_s": round(frames / elapsed_s, 3) if frames else 0.0,
+        "failed_rows": failed,
+    }
+    return json.dumps(told, ensure_ascii=False)
 
 
 def _row_line(out: str, row: ResultRow) -> str:

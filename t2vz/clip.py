@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +21,57 @@ def allocate(shape: tuple[int, ...], workspace: Path | None = None, dtype: Any =
     """An array of zeros for a clip's frames: in memory, or above 256 MiB mapped to a file.
 
     workspace: folder for that file, which has no name and goes with the array. None: the system's temporary
-    folder. Raises OSError if the disk has no room.
+    folder. Raises OSError if the disk has no room, MemoryError if the memory has none: the system would let it be
+    taken, and kill the process when it is filled.
     """
-    size_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    size_bytes = _size_bytes(shape, dtype)
     if size_bytes <= MAX_IN_MEMORY_BYTES:
+        if size_bytes > free_memory_bytes():
+            raise MemoryError(f"{size_bytes >> 20} MiB are needed")
         return np.zeros(shape, dtype)
-    with tempfile.TemporaryFile(dir=workspace) as file:
+    array, file = mapped(shape, workspace, dtype)
+    file.close()
+    return array
+
+
+def mapped(
+    shape: tuple[int, ...], workspace: Path | None = None, dtype: Any = np.uint8
+) -> tuple[NDArray[Any], BinaryIO]:
+    """As `allocate`, always mapped to a file, and that file: another process that is handed it can map it, too.
+
+    Up to 256 MiB the file is in memory (Linux).
+    """
+    size_bytes = _size_bytes(shape, dtype)
+    if size_bytes <= MAX_IN_MEMORY_BYTES and hasattr(os, "memfd_create"):
+        file: BinaryIO = os.fdopen(os.memfd_create("frames"), "w+b")
+    else:
+        file = tempfile.TemporaryFile(dir=workspace)  # noqa: SIM115
+    try:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error in the middle
             os.posix_fallocate(file.fileno(), 0, size_bytes)
-        return np.memmap(file, dtype, "w+", shape=shape)
+        return np.memmap(file, dtype, "w+", shape=shape), file
+    except BaseException:
+        file.close()
+        raise
+
+
+def _size_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def free_memory_bytes() -> int:
+    """What this machine, or this container of it, has to give. Without a bound where the system doesn't tell."""
+    free = 2**63
+    with suppress(OSError, ValueError, KeyError):
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError, KeyError):  # ValueError: "max"
+        most = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # which is given back
+        free = min(free, max(0, most - taken))
+    return free
 
 
 @dataclass(frozen=True)

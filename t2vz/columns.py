@@ -36,6 +36,15 @@ def with_table(document: str) -> str:
     return f"{before}{BEGIN}\n{columns_table()}{END}{after}"
 
 
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The values that a column of a fixed few can have; none if it isn't one. true and false of a switch."""
+    if annotation is bool:
+        return ("true", "false")
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((found for part in get_args(annotation) if (found := choices(part))), ())
+
+
 def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):

@@ -6,7 +6,9 @@
     │   ├── SourceMissing
     │   ├── SourceCorrupt
     │   ├── SourceEmpty          no frames: audio only, zero frames, or none in the range
-    │   └── SourceTooLarge       over a limit (Limits); refused before it is read
+    │   ├── SourceTooLarge       over a limit (Limits); refused before it is read, or when decoding takes too much
+    │   ├── SourceTooSlow        not decoded within the limit: it may never end
+    │   └── SourceForbidden      not from where sources may come from (Limits)
     ├── ConditionError           condition frames can't be made or do not fit                  conditions
     ├── ModelError               a model can't be loaded                                       model
     │   ├── UnknownModel
@@ -15,6 +17,7 @@
     │   ├── OutOfDeviceMemory    even with one frame a chunk
     │   ├── InvalidFrames        NaN or infinite values
     │   └── DeviceLost           the device went away                                          (retryable)
+    ├── ContentWithheld          the model's safety checker flagged the frames                 content
     ├── EncodeError              the frames can't be written as asked                          encode
     ├── OutputError              the output folder refuses: no space, no permission            encode
     ├── ResultsError             the results table can't be read or written                    results
@@ -23,14 +26,46 @@
     ├── WorkerDied               the process that worked on the row was killed                 (retryable)
     └── UnexpectedError          anything that none of the above foresaw: a defect of ours
 
-Errors of other libraries are translated once, where they enter, by `translating`.
+Errors of other libraries are translated once, where they enter, by `translating`. No message has secrets in it, or
+control characters, which would play with the terminal (`harmless`).
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Of variables in the environment; values that are shorter would be found inside of words.
+_SECRET_NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_KEY)(_|$)")
+_SHORTEST_SECRET = 8
+_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]*@")  # of an address: user:password@
+_SIGNED = re.compile(
+    r"((?:x-amz-(?:signature|credential|security-token)|signature|sig|[a-z_-]*(?:token|secret|password|key))=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+HIDDEN = "***"
+
+
+def harmless(text: str) -> str:
+    """The text as a message may have it: without secrets, on one line, without control characters."""
+    text = without_secrets(text)
+    if _CONTROL.search(text):
+        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", re.sub(r"[\t-\r]+", " ", text))
+    return text
+
+
+def without_secrets(text: str) -> str:
+    """The text without those in the environment, and passwords and signatures in addresses."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and value in text and _SECRET_NAMES.search(name.upper()):
+            text = text.replace(value, HIDDEN)
+    if "://" in text:
+        text = _SIGNED.sub(rf"\1{HIDDEN}", _USER_INFO.sub(f"{HIDDEN}@", text))
+    return text
 
 
 class T2VZError(Exception):
@@ -45,7 +80,7 @@ class T2VZError(Exception):
     retryable: bool = False
 
     def __init__(self, message: str, *, stage: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(harmless(message))
         if stage is not None:
             self.stage = stage
 
@@ -75,6 +110,14 @@ class SourceEmpty(SourceError):
 
 
 class SourceTooLarge(SourceError):
+    pass
+
+
+class SourceTooSlow(SourceError):
+    pass
+
+
+class SourceForbidden(SourceError):
     pass
 
 
@@ -108,6 +151,10 @@ class InvalidFrames(GenerationError):
 
 class DeviceLost(GenerationError):
     retryable = True
+
+
+class ContentWithheld(T2VZError):
+    stage = "content"
 
 
 class EncodeError(T2VZError):

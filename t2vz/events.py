@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Event:
-    """kind: `planned` once (total: rows to render, done: rows done before), then for each row `row_started`,
-    `stage` as each try of one begins and `stage_ended` with its status and, if failed, the message; `step` (done
-    of total denoising steps), `warning` (message), `row_lost` (message) when the process that worked on it died
-    and another goes on with it, and `row_finished` with its status, if failed the message, and the `ResultRow` unless
-    another run did it.
+    """kind: `planned` (total: rows to render, done: rows done before) before the first row; of a large manifest once it
+    is counted, and again in the end, when it is known which were done. For each row `row_started`, `stage` as each
+    try of one begins and `stage_ended` with its status and, if failed, the message; `step` (done of total denoising
+    steps), `warning` (message), `row_lost` (message) when the process that worked on it died and another goes on with
+    it, and `row_finished` with its status, if failed the message, and the `ResultRow` unless another run did it.
     """
 
     kind: Literal["planned", "row_started", "stage", "stage_ended", "step", "warning", "row_lost", "row_finished"]
@@ -39,9 +39,14 @@ _OUTCOMES = {
 }
 
 
+def outcomes(rows: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """How a run's rows ended, in words, each with their number; of those that there are."""
+    return [(word, rows[status]) for status, word in _OUTCOMES.items() if rows.get(status)]
+
+
 def counted(rows: Mapping[str, Any]) -> str:
-    """A run's rows by how they ended, in words; empty if there are none."""
-    return ", ".join(f"{rows[status]} {word}" for status, word in _OUTCOMES.items() if rows.get(status))
+    """`outcomes` as in `8 rendered, 1 failed`; empty if there are none."""
+    return ", ".join(f"{number} {word}" for word, number in outcomes(rows))
 
 
 Listener = Callable[[Event], None]

@@ -31,7 +31,7 @@ from t2vz.clip import AudioReference
 from t2vz.errors import ManifestError, SourceError, T2VZError, translating
 from t2vz.manifest import Problem, explained, meant
 from t2vz.media.limits import Limits
-from t2vz.media.local import fetching
+from t2vz.media.local import check_allowed, fetching
 from t2vz.plan import Done, Job, Unready, check_out, plan
 from t2vz.render import Settings, file_name
 from t2vz.results import Finished
@@ -298,11 +298,12 @@ def _cut(
     """
     from t2vz.media.decode import timeline
     from t2vz.media.fingerprint import fingerprint
-    from t2vz.media.probe import probe
+    from t2vz.media.sandbox import probe
 
     if cutting.by == "none":
         return "", None
     try:
+        check_allowed(path, limits)
         range_ = (spec.start_s, spec.end_s, spec.fps, spec.video_length)
         key = _digest(_RULES, id, fingerprint(path), *range_, *asdict(cutting).values(), limits.max_frames)
         if key in known:
@@ -333,7 +334,7 @@ def _even(frames: int, longest: int) -> list[int]:
 
 def _scenes(source: Probe, timeline: Timeline, spec: JobSpec, limits: Limits) -> tuple[int, ...]:
     """Numbers of the frames that begin a scene. Few small frames at a time: the source may last for hours."""
-    from t2vz.media.decode import decode
+    from t2vz.media.sandbox import decode
     from t2vz.media.scenes import scene_starts
 
     batch = min(_SCENE_BATCH, limits.max_frames)
@@ -394,7 +395,7 @@ def joining(library: Library, settings: Settings) -> Iterator[tuple[str, Joined 
     wanted = {id for cut in library.cuts for id in cut.ids}
     state = {
         id: item
-        for item in plan(library.manifest, settings.out)
+        for item in plan(library.manifest, settings.out, limits=settings.limits, models=settings.models)
         if (id := item.row.id if isinstance(item, Job) else item.id) in wanted
     }
     store = settings.store()
@@ -480,7 +481,7 @@ class _Join:
         """(output_uri, what it is)."""
         from t2vz.media.encode import Encoding, publish
         from t2vz.media.join import join
-        from t2vz.media.probe import probe
+        from t2vz.media.sandbox import probe
 
         cut, settings = self.cut, self.settings
         encoding = Encoding.of(self.style)

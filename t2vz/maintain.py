@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from t2vz.render import Settings, file_name, opening
 from t2vz.results import ResultStore
 from t2vz.storage import Entry, Place
 
-Kind = Literal["video", "joined video", "strip", "workspace", "snapshot", "claim", "draft", "table file"]
+Kind = Literal["video", "joined video", "strip", "thumbnails", "workspace", "snapshot", "claim", "draft", "table file"]
+_PICTURES = {"strips": "strip", "thumbnails": "thumbnails"}  # folder → kind
 
-_DRAFT = re.compile(r"#\d+$")  # what obstore writes to a folder before it renames it
 _DRAFT_KEPT_S = 3600
 
 
@@ -90,7 +89,7 @@ def maintain(out: Place, run_id: str, *, dry_run: bool = False, older_than: time
     Raises ResultsError (no results there), OutputError, StorageTimeout, ResultsBusy.
     """
     out = storage.normal(out)
-    check_out(out)
+    check_out(out, to_write=not dry_run)
     store = ResultStore(out)
     if store.is_empty():  # in any other folder what lies in `videos` is not ours
         raise ResultsError(f"{out}: there are no results here; is it a run's output folder?")
@@ -122,16 +121,17 @@ def _finished_before(store: ResultStore, before: datetime) -> list[str | None]:
 def _orphans(
     out: Place, store: ResultStore, before: datetime | None, run_id: str
 ) -> Iterator[tuple[Item, list[Entry]]]:
-    """Videos and strips that no result names and no living run is at; the results before `before` count as gone."""
-    listed = {folder: _grouped(out, folder) for folder in ("videos", "strips", "joined")}
+    """Videos, and pictures of them, that no result names and no living run is at; the results before `before` count as
+    gone."""
+    listed = {folder: _grouped(out, folder) for folder in ("videos", *_PICTURES, "joined")}
     is_alone = not claims.living_runs(out) - {run_id}
     at_work = tuple(f"{file_name(claim.row)}-" for claim in claims.claimed(out) if claim.is_live)
     outputs = {finished.output_uri for finished in store.done().values()}
     outputs -= set() if before is None else set(filter(None, _finished_before(store, before)))
     named = {Path(output).name for output in outputs}
-    for folder, kind in (("videos", "video"), ("strips", "strip")):
+    for folder, kind in (("videos", "video"), *_PICTURES.items()):
         for name, entries in listed[folder].items():
-            video = name.removesuffix(".webp") if folder == "strips" else name
+            video = name.removesuffix(".webp") if folder in _PICTURES else name
             if video not in named and not (at_work and name.startswith(at_work)):
                 size_bytes = sum(entry.size_bytes for entry in entries)
                 yield Item(kind, f"{folder}/{name}", size_bytes), entries  # type: ignore[arg-type]
@@ -205,14 +205,10 @@ def _snapshots(out: Place, store: ResultStore) -> Iterator[Item]:
 
 def _drafts(out: Place) -> Iterator[Item]:
     """Objects of a local folder that a killed process left half written; by the file system's own clock."""
-    if storage.is_remote(out):
-        return
-    for folder in ("records", "claims", "runs", "results", "results/_delta_log"):
-        place = Path(out, folder)
-        for file in sorted(place.iterdir()) if place.is_dir() else ():
-            with suppress(FileNotFoundError):
-                if _DRAFT.search(file.name) and _now_s(Path(out)) - file.stat().st_mtime > _DRAFT_KEPT_S:
-                    yield Item("draft", f"{folder}/{file.name}", file.stat().st_size)
+    for file in storage.drafts(out):
+        with suppress(FileNotFoundError):
+            if _now_s(Path(out)) - file.stat().st_mtime > _DRAFT_KEPT_S:
+                yield Item("draft", str(file.relative_to(out)), file.stat().st_size)
 
 
 def _now_s(folder: Path) -> float:

@@ -35,6 +35,8 @@ _SHARD = b"t2vz.shard"
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
+_LONGEST_LINE_BYTES = 16 * 2**20  # all columns at the longest that a cell may be take less
+
 _Record = tuple[int, Sequence[str] | str]  # (row number, cells); a text instead of cells says why there are none
 
 
@@ -137,6 +139,18 @@ def _here(name: str) -> Path:
         raise ManifestError(error.message) from error
     except OSError as error:
         raise ManifestError(f"{name}: can't be fetched ({error.strerror})") from error
+
+
+def cells_of(spec: JobSpec) -> dict[str, str]:
+    """The cells of a manifest row that means the spec; what was left open stays so, and paths are absolute."""
+    values = {name: getattr(spec, name) for name in JobSpec.model_fields if name in spec.model_fields_set}
+    return {name: _cell(value) for name, value in values.items() if value not in (None, "", ())}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
@@ -354,7 +368,9 @@ def _check_defaults(defaults: Mapping[str, str]) -> None:
 def _open_csv(path: Path, name: str) -> tuple[list[str], Iterator[_Record]]:
     first, first_at = "", 0
     with path.open("rb") as file:  # the whole of it: no row is begun if one can't be read
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE_BYTES), b""), 1):
+            if len(line) == _LONGEST_LINE_BYTES:
+                raise ManifestError(f"{name}: line {number} has over {_LONGEST_LINE_BYTES:,} bytes; is it a CSV file?")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:

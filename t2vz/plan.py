@@ -9,14 +9,16 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache, partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from t2vz import storage
 from t2vz.errors import (
     ConditionError,
+    ContentWithheld,
     GenerationError,
     OutputError,
     SourceEmpty,
@@ -28,13 +30,18 @@ from t2vz.errors import (
 )
 from t2vz.manifest import BadRow, Problem, Row, meant, read
 from t2vz.media.limits import Limits
-from t2vz.media.local import naming, reading
-from t2vz.results import Finished, ResultStore
+from t2vz.media.local import check_allowed, naming, reading
+from t2vz.models.policy import ModelPolicy
+from t2vz.results import Finished, ResultStore, State
 from t2vz.spec import MASK_SOURCES, MODEL_COLUMNS, TEXT_FRAMES, JobSpec, evaluations, job_id, seed_of
 from t2vz.storage import Place
 
 if TYPE_CHECKING:
     from t2vz.media.probe import Probe
+
+# What happens to frames that the model's safety checker flags. off: it is not asked; flag: the row says so; withhold:
+# there is no video.
+ContentPolicy = Literal["off", "flag", "withhold"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Job:
     seed: as used, drawn from the job's id if the row has none. source_fingerprint: None in text mode.
     frames: expected; exact but for damaged sources. unet_evaluations: of one frame, all guidance branches.
     results_version: of the results table in which the job was not done; -1: there was none.
+    results_until: the latest time in any result of then; see `results.State`.
+    published: the output of an earlier run, made under a laxer content policy than this one's.
     """
 
     job_id: str
@@ -54,6 +63,8 @@ class Job:
     frames: int
     unet_evaluations: int
     results_version: int = field(default=-1, compare=False)
+    results_until: datetime | None = field(default=None, compare=False)
+    published: Finished | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +119,37 @@ def plan(
     defaults: Mapping[str, str] | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     verify: bool = False,
+    models: ModelPolicy = ModelPolicy(),  # noqa: B008 (frozen)
+    content: ContentPolicy = "flag",
 ) -> Iterator[Job | Unready | Done]:
     """What each row of the manifest comes to, in its order, as it is asked for.
 
     out: the output folder whose results say what is done; None: nothing is.
     defaults: see `manifest.read`. verify: read every done output again, not its size and time only.
+    limits, models: what sources and models the rows may name.
+    content: under `withhold` a row that was withheld before is an `Unready` again, and one is not done whose frames
+    were flagged or never checked.
 
     Raises ManifestError (the manifest as a whole), ResultsError and OutputError (the output folder). What is
     wrong with a row or its source is an `Unready` among the others.
     """
     if out is not None:
-        check_out(out)
+        check_out(out, to_write=False)
     rows = read(manifest, defaults)
-    done, version = ({}, -1) if out is None else ResultStore(out).done_at()
-    there = outputs(out, verify) if out is not None and done else None
-    return _planned(rows, done, version, there, limits)
+    state = State({}, -1, None) if out is None else ResultStore(out).state()
+    there = outputs(out, verify) if out is not None and state.done else None
+    withheld = {} if out is None or content != "withhold" else ResultStore(out).withheld()
+    return _planned(rows, state, there, limits, models, content, withheld)
 
 
-def check_out(out: Place) -> None:
+def suffices(finished: Finished, content: ContentPolicy) -> bool:
+    """True if a finished output may stand under the policy."""
+    return content != "withhold" or finished.content not in (None, "unchecked", "flagged")
+
+
+def check_out(out: Place, *, to_write: bool = True) -> None:
     """Raise OutputError if `out` is no folder and can't become one, or no bucket that answers. Nothing is made or
-    written."""
+    written. to_write: also if nothing can be written there."""
     if storage.is_remote(out):
         storage.check(out)
         return
@@ -146,7 +168,7 @@ def check_out(out: Place) -> None:
     if not folder.is_dir():
         inside = "" if folder == Path(out).absolute() else f"{folder} is "
         raise OutputError(f"{name}: {inside}not a folder; choose another output folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if to_write and not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{name}: no permission to write in {folder}; choose another output folder")
 
 
@@ -229,18 +251,20 @@ def _is_there_locally(out: str, finished: Finished, verify: bool) -> bool:
 
 def _planned(
     rows: Iterable[Row | BadRow],
-    done: Mapping[str, Finished],
-    version: int,
+    state: State,
     there: Callable[[Finished], bool] | None,
     limits: Limits,
+    models: ModelPolicy,
+    policy: ContentPolicy,
+    withheld: Mapping[str, str],
 ) -> Iterator[Job | Unready | Done]:
-    from t2vz.media.probe import probe
+    from t2vz.media.sandbox import probe
 
     @lru_cache(maxsize=256)  # rows that share a source mostly follow each other
     def probed(path: str) -> Probe:
         return probe(path, limits)
 
-    revision_of = _revisions()
+    revision_of = _revisions(models)
     for row in rows:
         if isinstance(row, BadRow):
             yield Unready(row.number, row.id, row.fingerprint, row.error, problems=row.problems)
@@ -249,29 +273,39 @@ def _planned(
         source = spec.condition_video or spec.source
         try:
             revision = revision_of(spec)
-            content = _content(spec)
+            content = _content(spec, limits)
             job = job_id(spec, revision, content)
-            if there is not None and job in done and there(done[job]):
-                yield Done(job, row.id)
+            published = state.done.get(job)
+            if there is not None and published is not None and there(published):
+                if suffices(published, policy):
+                    yield Done(job, row.id)
+                    continue
+            else:
+                published = None
+            if job in withheld:
+                yield Unready(row.number, row.id, job, ContentWithheld(withheld[job]), spec)
                 continue
             frames = _frames(spec, None if source is None else probed(source), limits)
-            _check_pictures(spec, frames, probed)
+            _check_pictures(spec, frames, probed, limits)
         except T2VZError as error:
             yield Unready(row.number, row.id, job_id(spec, f"unready {spec.model}", source), error, spec)
             continue
         seed = seed_of(spec, revision, content)
-        yield Job(job, row, seed, revision, content, frames, evaluations(spec, frames), version)
+        work = evaluations(spec, frames)
+        yield Job(job, row, seed, revision, content, frames, work, state.version, state.until, published)
 
 
-def _content(spec: JobSpec) -> str | None:
+def _content(spec: JobSpec, limits: Limits) -> str | None:
     """The fingerprints of the row's files, in the order of `spec.sources`."""
     from t2vz.media.fingerprint import fingerprint
 
     found = []
     if source := spec.condition_video or spec.source:
+        check_allowed(source, limits)
         found.append(fingerprint(source))
     if spec.mask_video is not None:
         with naming("foreground_mask"):
+            check_allowed(spec.mask_video, limits)
             try:
                 found.append(fingerprint(spec.mask_video))
             except SourceMissing as error:
@@ -279,13 +313,14 @@ def _content(spec: JobSpec) -> str | None:
                 raise SourceMissing(error.message + meant(Path(spec.mask_video).name, names)) from error
     if spec.ip_adapter_image is not None:
         with naming("ip_adapter_image"):
+            check_allowed(spec.ip_adapter_image, limits)
             found.append(fingerprint(spec.ip_adapter_image))
     return "+".join(found) or None
 
 
-def _check_pictures(spec: JobSpec, frames: int, probed: Callable[[str], Probe]) -> None:
+def _check_pictures(spec: JobSpec, frames: int, probed: Callable[[str], Probe], limits: Limits) -> None:
     """Raise SourceError and its kinds, ConditionError, if the row's mask video or picture can't be used."""
-    from t2vz.media.images import image_size
+    from t2vz.media.sandbox import image_size
 
     if spec.mask_video is not None:
         with naming("foreground_mask"):
@@ -296,7 +331,7 @@ def _check_pictures(spec: JobSpec, frames: int, probed: Callable[[str], Probe]) 
         with naming("ip_adapter_image"), reading(picture):
             if Path(picture).is_dir():
                 raise SourceError(f"{picture}: a folder; name one picture")
-            image_size(Path(picture))
+            image_size(picture, limits)
 
 
 def check_mask_length(given: int, frames: int) -> None:
@@ -308,8 +343,9 @@ def check_mask_length(given: int, frames: int) -> None:
         )
 
 
-def _revisions() -> Callable[[JobSpec], str]:
-    """`models.table.identity`, asked once for all rows with the same model columns."""
+def _revisions(policy: ModelPolicy) -> Callable[[JobSpec], str]:
+    """`models.table.identity` of models that are let in, asked once for all rows with the same model columns."""
+    from t2vz.models.policy import check
     from t2vz.models.table import identity
 
     known: dict[tuple[object, ...], str | T2VZError] = {}
@@ -325,7 +361,9 @@ def _revisions() -> Callable[[JobSpec], str]:
         if key not in known:
             try:
                 with translating("model", spec.model):
-                    known[key] = identity(spec)
+                    revision = identity(spec)
+                    check(spec, policy)
+                    known[key] = revision
             except T2VZError as error:
                 known[key] = error
         found = known[key]
@@ -345,10 +383,12 @@ def _frames(spec: JobSpec, source: Probe | None, limits: Limits) -> int:
         frames, rate = spec.video_length or TEXT_FRAMES, spec.fps
         if frames > limits.max_frames:
             raise GenerationError(f"{frames} frames, the limit is {limits.max_frames}: lower video_length")
+        if spec.width is not None and spec.height is not None:
+            limits.check_clip("the clip", frames, spec.width, spec.height)
     else:
         frames, rate = _frames_of(spec, source, limits), spec.fps or source.rate_fps
         if spec.width is not None or spec.height is not None:  # else the model's size decides
-            sized(source, spec.width, spec.height, None)
+            limits.check_clip(source.path, frames, *sized(source, spec.width, spec.height, None))
     if rate is not None:
         check_rate(spec.format, rate)
     return frames

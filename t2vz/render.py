@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,15 +27,29 @@ from numpy.typing import NDArray
 
 from t2vz import claims, storage
 from t2vz.clip import Clip
-from t2vz.errors import DeviceLost, OutputError, T2VZError, translate, translating
+from t2vz.errors import (
+    ContentWithheld,
+    DeviceLost,
+    ModelError,
+    OutputError,
+    T2VZError,
+    harmless,
+    translate,
+    translating,
+    without_secrets,
+)
 from t2vz.events import Event, emit
+from t2vz.files import remove
+from t2vz.manifest import cells_of
 from t2vz.media import strip
 from t2vz.media.limits import Limits
-from t2vz.media.local import local_source, naming, reading
-from t2vz.models import table
-from t2vz.plan import Job, Unready, check_mask_length, check_out, is_there
-from t2vz.results import ResultRow, ResultStore
-from t2vz.sheet import strip_key
+from t2vz.media.local import naming
+from t2vz.media.provenance import SIGNED_FORMAT, Signing
+from t2vz.models import policy, table
+from t2vz.models.policy import ModelPolicy
+from t2vz.plan import ContentPolicy, Job, Unready, check_mask_length, check_out, is_there, suffices
+from t2vz.results import Finished, ResultRow, ResultStore
+from t2vz.sheet import strip_key, thumbnails_key
 from t2vz.spec import TEXT_FPS, TEXT_FRAMES, JobSpec, canonical, evaluations, t0_t1
 from t2vz.storage import Place
 
@@ -43,12 +57,14 @@ if TYPE_CHECKING:
     from t2vz.engine.lockstep import Snapshot
     from t2vz.media.encode import Encoded
     from t2vz.models.loading import Components
+    from t2vz.models.safety import Checker
     from t2vz.modes import Generated, Request
 
 _log = logging.getLogger(__name__)
 
 SNAPSHOT_KEPT_S = 30 * 24 * 3600
 COMMIT_TRIES = 5
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # devices of Windows, whatever follows
 
 STAGES = ("decode", "conditions", "generate", "encode")
 # Their models would compete for the device, and loading one changes torch's default dtype for the whole process.
@@ -88,9 +104,11 @@ class Settings:
 
     out: the output folder, or s3://bucket/prefix. manifest: where the rows come from, for the results.
     device: "auto", "cpu", "cuda:0", …
+    limits, models: what sources and models the rows may name.
     snapshot_s: seconds of denoising after which its state is saved, for a later run to go on from.
     quality: measure the frames of every row (`t2vz.quality`). clip_model: folder or hub id of a CLIP model that
     measures them, too.
+    content: what happens to frames that the model's safety checker flags. signing: files are signed with it (C2PA).
     lease_s: after so long without a sign of life a run counts as dead, and its rows are other runs' to do.
     split: processes that share the frames of each clip (`modes.split`); the run's own process leads them.
     compiled: have torch compile the UNet's blocks (`engine.speed`).
@@ -102,11 +120,14 @@ class Settings:
     run_id: str
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    models: ModelPolicy = field(default_factory=ModelPolicy)
     snapshot_s: float = 30.0
     quality: bool = False
     clip_model: str | None = None
     compiled: bool = False
     split: int = 1
+    content: ContentPolicy = "flag"
+    signing: Signing | None = None
     lease_s: float = claims.LEASE_S
     retries: Retries = field(default_factory=Retries)
     stopping: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
@@ -154,7 +175,8 @@ def opening(settings: Settings) -> Iterator[None]:
                 with suppress(BlockingIOError), _locked(lock, wait=False):
                     shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                     lock.unlink(missing_ok=True)
-            own = os.open(work / f"{settings.run_id}.run", os.O_CREAT | os.O_RDWR, 0o644)
+            own_path = work / f"{settings.run_id}.run"
+            own = os.open(own_path, os.O_CREAT | os.O_RDWR, 0o644)
             try:
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -166,14 +188,16 @@ def opening(settings: Settings) -> Iterator[None]:
             _sweep_snapshots(work / "snapshots")
     try:
         with claims.living(settings.out, settings.run_id, settings.lease_s):
+            begun_ns = Path(own_path).stat().st_mtime_ns
             merge_results(settings)
             try:
                 yield
             finally:
                 merge_results(settings)
+                _sweep_drafts(settings, begun_ns)
     finally:
         shutil.rmtree(settings.workspace, ignore_errors=True)
-        (work / f"{settings.run_id}.run").unlink(missing_ok=True)
+        own_path.unlink(missing_ok=True)
         os.close(own)
 
 
@@ -194,6 +218,15 @@ def _sweep_snapshots(folder: Path) -> None:
     for snapshot in folder.glob("*.pt"):
         if time.time() - snapshot.stat().st_mtime > SNAPSHOT_KEPT_S:
             snapshot.unlink(missing_ok=True)
+
+
+def _sweep_drafts(settings: Settings, begun_ns: int) -> None:
+    """Remove what was being written when this run began: by a killed process, if no other run lives."""
+    with suppress(OSError, T2VZError):
+        drafts = [draft for draft in storage.drafts(settings.out) if draft.stat().st_mtime_ns < begun_ns]
+        if drafts and claims.living_runs(settings.out) == {settings.run_id}:
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -217,7 +250,7 @@ class Render:
         self.lost = lost
         self.spec: JobSpec = job.row.spec
         self.settings = settings
-        self.started_at = datetime.now(UTC)
+        self.started_at = _dated(job, datetime.now(UTC))
         self.attempts: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
@@ -229,6 +262,10 @@ class Render:
         self.generated: Generated | None = None
         self.encoded: Encoded | None = None
         self.output_uri = ""
+        self.content = "unchecked" if settings.content == "off" else "no checker"
+        self.content_frames: int | None = None  # flagged
+        self._checker: Checker | None = None
+        self.signed: bool | None = None
         self.quality: dict[str, float] = {}
         self._thumbnails: list[NDArray[np.uint8]] = []  # of source and conditions
         self._edges: NDArray[np.uint8] | None = None  # the edge condition, for as long as quality needs it
@@ -271,7 +308,7 @@ class Render:
 
     def _decode(self) -> None:
         from t2vz.conditions import fit_condition
-        from t2vz.media.decode import decode
+        from t2vz.media.sandbox import decode
         from t2vz.media.scenes import scene_starts
         from t2vz.models.loading import native_px
 
@@ -316,7 +353,9 @@ class Render:
         spec, clip, split = self.spec, self.clip, self.settings.split
         device = self._device()
         began = time.monotonic()
+        policy.check(spec, self.settings.models)  # again: the files may be others than when the row was planned
         self.components = load(spec, device, compiled=self.settings.compiled)
+        self._checker = self._safety_checker(device)
         self.seconds["model"] = time.monotonic() - began
         if clip is None:
             native = native_px(spec)
@@ -375,24 +414,38 @@ class Render:
         if clip is not None:
             self.clip = replace(clip, frames=clip.frames[:1].copy(), timestamps_s=clip.timestamps_s[:1])
 
+    def _safety_checker(self, device: str) -> Checker | None:
+        """Raises ModelError if the model's can't be loaded and what it flags is to be withheld."""
+        from t2vz.models.safety import checker
+
+        if self.settings.content == "off":
+            return None
+        try:
+            return checker(self.spec, device)
+        except ModelError as error:
+            if self.settings.content == "withhold":
+                raise
+            self._warn(f"the content is not checked: {error.message}")
+            return None
+
     def _shown(self) -> list[NDArray[np.uint8]]:
-        """What the strip shows above the result: the source, if it is not the condition itself, and the conditions."""
+        """What is shown above the result: the source, if it is not the condition itself, and the conditions."""
         source = [self.clip.frames] if self.clip is not None and self.spec.condition_video is None else []
         return source + list(self.conditions)
 
     def _picture(self) -> NDArray[np.uint8] | None:
         """The IP-Adapter's picture: uint8 (H, W, 3), RGB."""
-        from t2vz.media.images import read_image
+        from t2vz.media.sandbox import read_image
 
         path = self.spec.ip_adapter_image
         if path is None:
             return None
-        with naming("ip_adapter_image"), reading(path):
-            return read_image(local_source(path))
+        with naming("ip_adapter_image"):
+            return read_image(path, self.settings.limits)
 
     def _masks(self, width: int, height: int, frames: int) -> NDArray[np.bool_] | None:
         """The foreground as the mask video has it: bright is foreground."""
-        from t2vz.media.decode import decode
+        from t2vz.media.sandbox import decode
 
         if self.spec.mask_video is None:
             return None
@@ -462,7 +515,7 @@ class Render:
         result: list[NDArray[np.uint8]] = []
         decoded = strip.collecting(vae.decode(self.components.vae, latents), len(latents), result)
         encoded = encode(
-            self._measured(self._unless_stopping(decoded)),
+            self._marked(self._measured(self._checked(self._unless_stopping(decoded)))),
             self.workspace / f"video-{self.attempts['encode']}",
             width=latents.shape[-1] * cell,
             height=latents.shape[-2] * cell,
@@ -470,14 +523,18 @@ class Render:
             encoding=Encoding.of(spec),
             audio=clip.audio if clip is not None and spec.audio else None,
             metadata=self._parameters() | {"job_id": self.job.job_id, "t2vz": version("t2vz")},
+            limits=self.settings.limits,
         )
         self._warn(*encoded.warnings)
+        encoded = self._signed(encoded)
         suffix = "" if spec.format == "png" else f".{spec.format}"
         name = f"{file_name(self.job.row.id)}-{encoded.sha256[:12]}{suffix}"
         self.output_uri = f"videos/{name}"
         self.encoded = publish(encoded, self.settings.out, self.output_uri)
+        lines: list[NDArray[np.uint8] | list[NDArray[np.uint8]]] = [*self._thumbnails, result]
         try:
-            strip.write(self.settings.out, strip_key(name), [*self._thumbnails, result], self.workspace)
+            strip.write(self.settings.out, strip_key(name), lines, self.workspace)
+            strip.write_moving(self.settings.out, thumbnails_key(name), lines, self.workspace)
         except (OSError, T2VZError) as error:  # the video is there: a picture of it is not worth its loss
             self._warn(f"its strip could not be written ({getattr(error, 'strerror', None) or error})")
 
@@ -485,6 +542,40 @@ class Render:
         for batch in batches:
             self.settings.check_stopping()
             yield batch
+
+    def _signed(self, encoded: Encoded) -> Encoded:
+        from t2vz.media.provenance import signed
+
+        signing = self.settings.signing
+        self.signed = signing is not None and self.spec.format == SIGNED_FORMAT
+        if signing is None:
+            return encoded
+        if not self.signed:
+            self._warn(f"not signed: only {SIGNED_FORMAT} files are")
+            return encoded
+        made = {"mode": self.spec.mode, "model": self.spec.model, "prompt": self.spec.prompt}
+        return signed(encoded, signing, made | {"model_revision": self.job.model_revision})
+
+    def _marked(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+        from t2vz.media.watermark import marking
+
+        return batches if self.spec.watermark is None else marking(batches, self.spec.watermark)
+
+    def _checked(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+        """The same batches, looked at by the model's safety checker as they pass. Raises ContentWithheld."""
+        if self._checker is None:
+            yield from batches
+            return
+        self.content, self.content_frames = "clear", 0
+        for batch in batches:
+            self.content_frames += sum(self._checker.flagged(batch))
+            if self.content_frames:
+                self.content = "flagged"
+                if self.settings.content == "withhold":
+                    raise ContentWithheld("flagged by the model's safety checker, and withheld as the run asks")
+            yield batch
+        if self.content_frames:
+            self._warn(f"the model's safety checker flags {self.content_frames} of its frames")
 
     def _measured(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
         """The same batches, measured as they pass if the run asks for it. What can't be measured is a warning."""
@@ -515,7 +606,7 @@ class Render:
         self._warn(f"the quality could not be measured ({translate(error, 'quality').message})")
 
     def _warn(self, *warnings: str) -> None:
-        for warning in warnings:
+        for warning in map(harmless, warnings):
             if warning not in self.warnings:
                 self.warnings.append(warning)
                 emit(Event("warning", self.job.row.id, message=warning))
@@ -544,7 +635,7 @@ class Render:
         if self.request is not None:
             used |= {"width": self.request.width, "height": self.request.height, "video_length": self.request.frames}
             used["fps"] = str(self._rate_fps())
-        return used
+        return _open(used)
 
     def _controlnets(self) -> tuple[str, ...]:
         return table.controlnet_references(self.spec) if self.spec.mode == "control" else ()
@@ -555,7 +646,7 @@ class Render:
     def row(self, error: T2VZError | None = None) -> ResultRow:
         """The results row: ok, or failed with `error`."""
         spec, job, encoded = self.spec, self.job, self.encoded
-        finished = datetime.now(UTC)
+        finished = max(datetime.now(UTC), self.started_at)
         row = _common_row(self.settings, job.job_id, job.row.id, job.row.number, self.started_at, finished)
         row |= {
             "attempts": self.lost + max(self.attempts.values(), default=0),
@@ -563,7 +654,7 @@ class Render:
             "mode": spec.mode,
             "prompt": spec.prompt,
             "negative_prompt": spec.negative_prompt,
-            "parameters": json.dumps(self._parameters(), ensure_ascii=False),
+            "parameters": json.dumps(self._parameters() | {"cells": cells_of(spec)}, ensure_ascii=False),
             "seed": job.seed,
             "model": spec.model,
             "model_revision": job.model_revision,
@@ -584,7 +675,10 @@ class Render:
             "device": self.device or None,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "quality": json.dumps(self.quality) if self.quality else None,
+            "content": self.content if self.generated is not None else None,
+            "content_frames": self.content_frames,
         }
+        row = _open(row)
         if error is not None:
             return ResultRow(**row, **_failure(error))
         assert encoded is not None
@@ -601,6 +695,7 @@ class Render:
             fps=str(encoded.rate_fps),
             codec=encoded.codec,
             audio_kept=encoded.audio_kept,
+            signed=self.signed,
         )
 
 
@@ -650,8 +745,11 @@ def render(job: Job, settings: Settings, lost: int = 0, kind: type[Render] = Ren
             if isinstance(ours, DeviceLost):
                 raise ours from error
             row = work.row(ours)
+        withheld = row.error_class == ContentWithheld.__name__
+        if withheld and job.published is not None:
+            withdraw(settings.out, job.published)
         kept = commit(store, row)
-        if row.status == "ok":
+        if row.status == "ok" or withheld:
             work.forget_snapshot()
     finally:
         shutil.rmtree(work.workspace, ignore_errors=True)
@@ -664,13 +762,31 @@ def render(job: Job, settings: Settings, lost: int = 0, kind: type[Render] = Ren
     return row
 
 
+def _dated(job: Job, time: datetime) -> datetime:
+    """The time, but after all that the results knew when the job was planned: this machine's clock may be behind."""
+    return time if job.results_until is None else max(time, job.results_until + timedelta(microseconds=1))
+
+
 def _is_done(job: Job, settings: Settings, lost: int) -> bool:
     """True if the job was finished since it was planned: by another run, or by a lost attempt of this one, whose
     process died between the result and telling of it.
     """
     store, but_of = settings.store(), "" if lost else settings.run_id
     finished = store.is_done(job.job_id) or store.merged_since(job.results_version, but_of).get(job.job_id)
-    return finished is not None and is_there(settings.out, finished)
+    if finished is None or not suffices(finished, settings.content):
+        return False
+    return is_there(settings.out, finished)
+
+
+def withdraw(out: Place, published: Finished) -> None:
+    """Remove an earlier output, its strip and its thumbnails."""
+    key = published.output_uri
+    storage.remove_all(out, [entry.key for entry in storage.entries(out, key, deep=True)])  # of a folder of images
+    storage.remove_all(out, [strip_key(key), thumbnails_key(key)])
+    if storage.is_remote(out):
+        storage.remove(out, key)
+    else:
+        remove(Path(out, key))
 
 
 def _release(job: Job, settings: Settings) -> None:
@@ -705,7 +821,7 @@ def record_lost(job: Job, settings: Settings, error: T2VZError, attempts: int, s
         emit(Event("row_finished", job.row.id, status="done"))
         return None
     work = Render(job, settings, attempts)
-    work.started_at = started
+    work.started_at = _dated(job, started)
     row = work.row(error)
     commit(settings.store(), row)
     _release(job, settings)
@@ -730,9 +846,12 @@ def record_unready(unready: Unready, settings: Settings) -> ResultRow:
     now = datetime.now(UTC)
     row = _common_row(settings, unready.job_id, unready.id, unready.row_number, now, now)
     if unready.spec is not None:
-        row |= {"mode": unready.spec.mode, "prompt": unready.spec.prompt, "model": unready.spec.model}
+        spec = unready.spec
+        row |= _open({"mode": spec.mode, "prompt": spec.prompt, "model": spec.model})
+        row["parameters"] = json.dumps({"cells": _open(cells_of(spec))}, ensure_ascii=False)
     result = ResultRow(**row, **_failure(unready.error), attempts=0)
-    commit(settings.store(), result)
+    if not isinstance(unready.error, ContentWithheld):  # its row of then stands, and says more
+        commit(settings.store(), result)
     emit(Event("row_finished", unready.id, status="failed", message=unready.error.message, row=result))
     return result
 
@@ -764,6 +883,17 @@ def _common_row(
     }
 
 
+def _open(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, texts without secrets: a row may name addresses with a password."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(shown, value))
+        return without_secrets(value) if isinstance(value, str) else value
+
+    return {name: shown(value) for name, value in values.items()}
+
+
 def _installed(package: str) -> str | None:
     try:
         return version(package)
@@ -773,7 +903,8 @@ def _installed(package: str) -> str | None:
 
 def file_name(id: str) -> str:
     """A row's id as a file name that every file system takes: ASCII letters, digits, `.`, `_` and `-`, at most 80."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", id).lstrip(".")[:80] or "row"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", id).lstrip(".")[:80] or "row"
+    return f"_{name[:79]}" if _RESERVED.match(name) else name
 
 
 def resolve_device(device: str) -> str:

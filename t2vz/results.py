@@ -26,18 +26,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from t2vz import storage
-from t2vz.errors import OutputError, ResultsBusy, ResultsError, translate
+from t2vz.errors import ContentWithheld, OutputError, ResultsBusy, ResultsError, translate
 from t2vz.storage import Entry, Place, translating_storage
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _log = logging.getLogger(__name__)
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MERGE_TRIES = 20
+_MERGE_BYTES = 128 * 2**10  # a merge of one row takes 60 kB; the table's library panics aloud on a full disk
 _COMPACT_FILES = 100  # a MERGE slows with the number of files, and every flush adds one
 
 
@@ -47,6 +48,9 @@ class ResultRow:
 
     job_id, run_id: letters, digits, `-` and `_`. id: the manifest row's.
     parameters, quality: JSON objects. fps: exact, as "30000/1001". output_uri: relative to the output folder.
+    content: what the model's safety checker found: "clear", "flagged"; "no checker" (the model has none) and
+    "unchecked" (the run asked for none) say nothing of the frames. content_frames: how many it flagged.
+    signed: the file carries a C2PA signature.
     started_at, finished_at: of the attempt that ended so; with a time zone. Raises ValueError if a field is
     of another type than the schema's.
     """
@@ -90,6 +94,9 @@ class ResultRow:
     fps: str | None = None
     codec: str | None = None
     audio_kept: bool | None = None
+    signed: bool | None = None
+    content: str | None = None
+    content_frames: int | None = None
 
     decode_s: float | None = None
     conditions_s: float | None = None
@@ -116,8 +123,8 @@ class ResultRow:
                 raise ValueError(f"{name} must be {kind}{' or None' if optional else ''}, not {value!r}")
         if self.status not in ("ok", "failed", "skipped"):
             raise ValueError(f"status must be ok, failed or skipped, not {self.status!r}")
-        if self.status == "ok" and any(getattr(self, name) is None for name in Finished._fields):
-            raise ValueError(f"an ok row needs {', '.join(Finished._fields)}")
+        if self.status == "ok" and any(getattr(self, name) is None for name in _NEEDED):
+            raise ValueError(f"an ok row needs {', '.join(_NEEDED)}")
         for name in ("job_id", "run_id"):
             if not _KEY.fullmatch(getattr(self, name)):
                 raise ValueError(f"{name} must be of letters, digits, - and _, not {getattr(self, name)!r}")
@@ -157,12 +164,28 @@ def schema() -> pa.Schema:
 
 
 class Finished(NamedTuple):
-    """An ok job's output, as it was when its row was written."""
+    """An ok job's output, as it was when its row was written, and what its content was found to be."""
 
     output_uri: str
     output_bytes: int
     output_mtime_ns: int
     output_sha256: str
+    content: str | None = None
+
+
+_NEEDED = ("output_uri", "output_bytes", "output_mtime_ns", "output_sha256")
+
+
+class State(NamedTuple):
+    """The results at a moment. done: the outputs of all ok jobs by job_id. version: the table's, -1 if there is none.
+
+    until: the latest time in any row. A row that is made from this state is dated no earlier, whatever the clock of
+    its machine says: which of two rows of a job holds is told by their times.
+    """
+
+    done: Mapping[str, Finished]
+    version: int
+    until: datetime | None
 
 
 def replaces(new: ResultRow, old: ResultRow) -> bool:
@@ -240,19 +263,31 @@ class ResultStore:
 
     def done(self) -> Mapping[str, Finished]:
         """The outputs of all ok jobs by job_id, waiting ones included."""
-        return self.done_at()[0]
+        return self.state().done
 
-    def done_at(self) -> tuple[Mapping[str, Finished], int]:
-        """`done`, and the table's version that it is of; -1 if there is no table."""
+    def state(self) -> State:
+        """What there is now."""
+        return storage.patiently(self._state)
+
+    def _state(self) -> State:
+        import pyarrow.compute as pc
+
+        times: list[datetime] = []
         with translating_storage(self.out):
             # Before the table: a record that is merged in between is then seen twice, not never.
-            waiting = {row.job_id: _finished(row) for row in self._records() if row.status == "ok"}
+            waiting: dict[str, Finished] = {}
+            for row in self._records():
+                times.append(max(row.started_at, row.finished_at))
+                if row.status == "ok":
+                    waiting[row.job_id] = _finished(row)
             found: dict[str, Finished] = {}
             if (table := self._table()) is not None:
-                columns = ["job_id", *Finished._fields]
-                for batch in table.to_pyarrow_dataset().to_batches(columns=["status", *columns]):
+                columns = ["status", "job_id", *Finished._fields, "started_at", "finished_at"]
+                for batch in table.to_pyarrow_dataset().to_batches(columns=columns):
                     found.update(_oks(batch))
-        return found | waiting, -1 if table is None else table.version()
+                    if batch.num_rows:
+                        times += [pc.max(batch[name]).as_py() for name in ("started_at", "finished_at")]
+        return State(found | waiting, -1 if table is None else table.version(), max(times, default=None))
 
     def merged_since(self, version: int, run_id: str) -> Mapping[str, Finished]:
         """The outputs of the ok jobs that other runs have merged into the table after its `version`.
@@ -283,6 +318,10 @@ class ResultStore:
             if row.status == "failed":
                 found[job] = row.error_stage or "", row.error_message or ""
         return found
+
+    def withheld(self) -> Mapping[str, str]:
+        """Why, for the jobs whose frames were made and withheld, by job_id."""
+        return {job: why for job, (stage, why) in self.failed().items() if stage == ContentWithheld.stage}
 
     def is_done(self, job_id: str) -> Finished | None:
         """The job's output if an ok record of it waits: a cheap look for what another run has just finished."""
@@ -342,6 +381,7 @@ class ResultStore:
             if row.job_id not in newest or replaces(row, newest[row.job_id]):
                 newest[row.job_id] = row
         if newest:
+            storage.check_room(self.out, _MERGE_BYTES + 2 * sum(entry.size_bytes for entry in merged.values()))
             with translating_storage(self.out):
                 self._merge(_to_arrow(list(newest.values())))
         # Another flusher may have removed one, and a later run put a new one in its place: that stays.
@@ -497,7 +537,7 @@ class _Additions:
         return table is not None and table.version() >= self._next
 
     def _everything(self) -> Mapping[str, Finished]:
-        done, version = ResultStore(self._out).done_at()
+        done, version, _ = ResultStore(self._out).state()
         self._found, self._next, self._is_first_look = dict(done), version + 1, False
         return self._found
 

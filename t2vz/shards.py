@@ -16,8 +16,10 @@ from pathlib import Path
 
 from t2vz import storage
 from t2vz.manifest import is_there, origin, write_shard
+from t2vz.media.limits import Limits
 from t2vz.media.local import local_source
-from t2vz.plan import Done, Job, Unready, plan
+from t2vz.models.policy import ModelPolicy
+from t2vz.plan import ContentPolicy, Done, Job, Unready, plan
 from t2vz.results import ResultStore
 from t2vz.storage import Place
 
@@ -52,16 +54,19 @@ def split(
     rows: int,
     held: Collection[str] = (),
     verify: bool = False,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    models: ModelPolicy = ModelPolicy(),  # noqa: B008 (frozen)
+    content: ContentPolicy = "flag",
 ) -> Iterator[Shard | Unready]:
     """The rows to do in shards of `rows`, each written when it is asked for; rows that can't be rendered as they are.
 
-    held: ids of rows that are left out, as another shard has them.
+    held: ids of rows that are left out, as another shard has them. content: see `plan`.
     Raises ManifestError, ResultsError, OutputError, StorageTimeout.
     """
     out, parent, held = storage.normal(out), origin(manifest), frozenset(held)
     inside = f"{_FOLDER}/{folder_name(manifest, out, defaults)}"
     batch: list[Job] = []
-    for item in plan(manifest, out, defaults, verify=verify):
+    for item in plan(manifest, out, defaults, limits, verify, models, content):
         if isinstance(item, Unready):
             yield item
         elif isinstance(item, Job) and item.row.id not in held:
@@ -82,11 +87,18 @@ def ids(shard: Place) -> list[str]:
     return pq.read_table(local_source(str(shard)), columns=["id"])["id"].to_pylist()
 
 
-def outcome(manifest: Place, out: Place, defaults: Mapping[str, str]) -> Counter[str]:
+def outcome(
+    manifest: Place,
+    out: Place,
+    defaults: Mapping[str, str],
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    models: ModelPolicy = ModelPolicy(),  # noqa: B008 (frozen)
+    content: ContentPolicy = "flag",
+) -> Counter[str]:
     """How many rows of the manifest are `ok`, `failed` or `open` (to be rendered), by the results table."""
     failed = ResultStore(out).failed()
     counts: Counter[str] = Counter()
-    for item in plan(manifest, out, defaults):
+    for item in plan(manifest, out, defaults, limits, models=models, content=content):
         counts["ok" if isinstance(item, Done) else "failed" if item.job_id in failed else "open"] += 1
     return counts
 

@@ -13,7 +13,7 @@ from t2vz.media.strip import FRAMES, thumbnail_size
 from t2vz.results import ResultRow, read
 from t2vz.storage import Place
 
-STRIPS = "strips"  # folder beside `videos`
+STRIPS, THUMBNAILS = "strips", "thumbnails"  # folders beside `videos`
 _SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _MARGIN_PX = 6
 _TEXT_PX = 13
@@ -22,6 +22,11 @@ _TEXT_PX = 13
 def strip_key(output_uri: str) -> str:
     """Where the strip of a video lies in the output folder: `output_uri` as in the results table."""
     return f"{STRIPS}/{Path(output_uri).name}.webp"
+
+
+def thumbnails_key(output_uri: str) -> str:
+    """Where its thumbnails lie, which a gallery plays."""
+    return f"{THUMBNAILS}/{Path(output_uri).name}.webp"
 
 
 def write_sheet(

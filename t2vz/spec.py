@@ -271,6 +271,10 @@ class JobSpec(BaseModel):
     crf: int | None = _column(None, "quality, lower is better; 17 for h264 and hevc, 14 for vp9", ge=0, le=63)
     preset: str | None = _column(None, "encoder speed of h264 and hevc; medium if absent")
     pix_fmt: Literal["yuv420p", "yuv444p"] | None = _column(None, "chroma of h264, hevc and vp9; yuv420p if absent")
+    watermark: str | None = _column(
+        None,
+        "1 to 8 letters, written into every frame invisibly (`t2vz provenance` reads them); none if absent",
+    )
     audio: bool = _column(True, "carry the source's sound of the range over", modes="control edit")
 
     @model_validator(mode="after")
@@ -421,6 +425,8 @@ def _disagreements(spec: JobSpec) -> list[tuple[str, str]]:
         bad.append(("source", "is needed in edit mode: the video to edit"))
     if spec.model_fields_set & {"codec", "crf", "preset", "pix_fmt"}:
         bad += _encoding_disagreements(spec)
+    if spec.watermark is not None:
+        bad += _watermark_disagreements(spec)
     return bad
 
 
@@ -631,6 +637,16 @@ def _encoding_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
     return bad
 
 
+WATERMARK_BYTES = 8
+
+
+def _watermark_disagreements(spec: JobSpec) -> list[tuple[str, str]]:
+    text = spec.watermark or ""
+    if not 1 <= len(text.encode("utf-8", "replace")) <= WATERMARK_BYTES or "\0" in text:
+        return [("watermark", f"must be 1 to {WATERMARK_BYTES} letters, fewer if they are not ASCII")]
+    return []
+
+
 # What says where things are or how fast they are made, not which frames come out. Files and models are in
 # the identity by their content's fingerprint, wherever they lie.
 _NOT_IN_IDENTITY = frozenset(
@@ -655,6 +671,8 @@ def canonical(spec: JobSpec) -> dict[str, Any]:
     out["scheduler"] = spec.scheduler_name
     if spec.mask_video is not None:
         out["foreground_mask"] = "video"
+    if spec.watermark is None:  # rows that were made before there were any keep their identity
+        del out["watermark"]
     if spec.mode == "text":  # a camera's column that is given holds the camera still even at its default
         out["camera"] = spec.moves_camera
     if spec.mode == "control":
@@ -663,7 +681,7 @@ def canonical(spec: JobSpec) -> dict[str, Any]:
 
 
 # How the frames are written, not which they are.
-ENCODING_COLUMNS = frozenset(("format", "codec", "crf", "preset", "pix_fmt", "audio"))
+ENCODING_COLUMNS = frozenset(("format", "codec", "crf", "preset", "pix_fmt", "watermark", "audio"))
 
 
 def job_id(spec: JobSpec, model_revision: str, source_fingerprint: str | None) -> str:

@@ -10,18 +10,20 @@ answer; retryable) and ResultsError (anything else).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from t2vz import files
 from t2vz.errors import OutputError, ResultsError, StorageTimeout, T2VZError, translate
@@ -29,15 +31,20 @@ from t2vz.errors import OutputError, ResultsError, StorageTimeout, T2VZError, tr
 Place = str | Path
 
 _S3 = "s3://"
+# Where objects are written by renaming a draft, and what the drafts of obstore, deltalake and `files.whole` are named.
+_FOLDERS = ("records", "claims", "runs", "results", "results/_delta_log", "joined", "manifests/shards")
+_DRAFT = re.compile(r"#\d+$|^_commit_.*\.tmp$|^\..*\.draft$")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _REQUEST_TIMEOUT_S = 30
 _RETRIES = 6  # of a request that got no answer or a 5xx, with exponential backoff
 _RETRY_TIMEOUT_S = 60
+_READ_PAUSES_S = (0.2, 0.8, 3.0)
 _PARALLEL_REQUESTS = 16
 
 _NO_ANSWER = re.compile(
-    r"timed out|timeout|error sending request|connection (reset|refused|closed)|status code: (5\d\d|429)|dns error",
+    r"timed out|timeout|error sending request|connection (reset|refused|closed)|status code: (5\d\d|429)|dns error"
+    r"|body error|IncompleteBody|UnexpectedEof",
     re.IGNORECASE,
 )
 
@@ -49,6 +56,20 @@ class Entry(NamedTuple):
     size_bytes: int
     modified: datetime
     version: str
+
+
+T = TypeVar("T")
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """`read()`, tried again if storage does not answer: an answer that ends in its middle the library does not ask for
+    again. For what changes nothing. Raises what it raises in the end."""
+    for pause_s in _READ_PAUSES_S:
+        try:
+            return read()
+        except StorageTimeout:
+            time.sleep(pause_s)
+    return read()
 
 
 def is_remote(place: Place) -> bool:
@@ -90,22 +111,28 @@ def get(place: Place, key: str) -> bytes | None:
     """The object; None if there is none."""
     import obstore
 
-    with translating_storage(place), suppress(FileNotFoundError, NotADirectoryError):
-        return bytes(obstore.get(store(place), key).bytes()) if is_remote(place) else Path(place, key).read_bytes()
-    return None
+    def read() -> bytes | None:
+        with translating_storage(place), suppress(FileNotFoundError, NotADirectoryError):
+            return bytes(obstore.get(store(place), key).bytes()) if is_remote(place) else Path(place, key).read_bytes()
+        return None
+
+    return patiently(read)
 
 
 def head(place: Place, key: str) -> Entry | None:
     """What a listing would say of the object; None if there is none."""
     import obstore
 
-    with translating_storage(place):
-        if _is_missing(place):
-            return None
-        try:
-            return _entry(obstore.head(store(place), key))
-        except FileNotFoundError:
-            return None
+    def read() -> Entry | None:
+        with translating_storage(place):
+            if _is_missing(place):
+                return None
+            try:
+                return _entry(obstore.head(store(place), key))
+            except FileNotFoundError:
+                return None
+
+    return patiently(read)
 
 
 def create(place: Place, key: str, body: bytes) -> bool:
@@ -124,11 +151,12 @@ def create(place: Place, key: str, body: bytes) -> bool:
             return False
 
 
-def put(place: Place, key: str, body: bytes) -> None:
+def put(place: Place, key: str, body: bytes, attributes: dict[str, str] | None = None) -> None:
+    """attributes: see `upload`."""
     import obstore
 
     with translating_storage(place):
-        obstore.put(store(place), key, body, use_multipart=False)
+        obstore.put(store(place), key, body, use_multipart=False, **_attributes(place, attributes))
 
 
 def swap(place: Place, key: str, old: bytes, new: bytes) -> bool:
@@ -237,15 +265,17 @@ def entries(place: Place, folder: str, *, deep: bool = False) -> Iterator[Entry]
     """The objects directly in a folder of the place, in the order of their keys; deep: in the folders below it, too."""
     import obstore
 
-    with translating_storage(place):
-        if _is_missing(place):
-            return
-        if deep:
-            listed: Any = (found for batch in obstore.list(store(place), folder) for found in batch)
-        else:
-            listed = obstore.list_with_delimiter(store(place), folder)["objects"]
-        found = sorted(map(_entry, listed))
-    yield from found
+    def read() -> list[Entry]:
+        with translating_storage(place):
+            if _is_missing(place):
+                return []
+            if deep:
+                listed: Any = (found for batch in obstore.list(store(place), folder) for found in batch)
+            else:
+                listed = obstore.list_with_delimiter(store(place), folder)["objects"]
+            return sorted(map(_entry, listed))
+
+    yield from patiently(read)
 
 
 def upload(path: Path, place: Place, key: str, attributes: dict[str, str] | None = None) -> None:
@@ -256,8 +286,12 @@ def upload(path: Path, place: Place, key: str, attributes: dict[str, str] | None
     import obstore
 
     with translating_storage(place), path.open("rb") as file:
-        # A folder has no place to keep attributes in.
-        obstore.put(store(place), key, file, **({"attributes": attributes} if is_remote(place) and attributes else {}))
+        obstore.put(store(place), key, file, **_attributes(place, attributes))
+
+
+def _attributes(place: Place, attributes: dict[str, str] | None) -> dict[str, Any]:
+    """A folder has no place to keep them in."""
+    return {"attributes": attributes} if is_remote(place) and attributes else {}
 
 
 @contextmanager
@@ -294,9 +328,12 @@ def ranges(place: Place, key: str, spans: list[tuple[int, int]]) -> list[bytes]:
     """The bytes from `start` to before `end` of each span."""
     import obstore
 
-    with translating_storage(place):
-        starts, ends = [start for start, _ in spans], [end for _, end in spans]
-        return [bytes(part) for part in obstore.get_ranges(store(place), key, starts=starts, ends=ends)]
+    def read() -> list[bytes]:
+        with translating_storage(place):
+            starts, ends = [start for start, _ in spans], [end for _, end in spans]
+            return [bytes(part) for part in obstore.get_ranges(store(place), key, starts=starts, ends=ends)]
+
+    return patiently(read)
 
 
 def stream(place: Place, key: str) -> Iterator[bytes]:
@@ -313,10 +350,29 @@ def stream(place: Place, key: str) -> Iterator[bytes]:
             raise error
 
 
+def drafts(place: Place) -> Iterator[Path]:
+    """What a process that was killed left half written in a local folder beside the objects; of others at work, too."""
+    if is_remote(place):
+        return
+    for folder in _FOLDERS:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            yield from sorted(path for path in Path(place, folder).iterdir() if _DRAFT.search(path.name))
+
+
 def check(place: Place) -> None:
     """Raise OutputError or StorageTimeout if the S3 place can't be listed: no such bucket, no permission, no answer."""
     for _ in entries(place, "claims"):
         return
+
+
+def check_room(place: Place, size_bytes: int) -> None:
+    """Raise OutputError if a local folder's disk has not so much room. For writers that bear a full disk badly."""
+    with translating_storage(place):
+        if _is_missing(place) or is_remote(place):
+            return
+        found = os.statvfs(place)
+        if found.f_bavail * found.f_frsize < size_bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def table_options(place: Place) -> dict[str, str] | None:

@@ -190,6 +190,20 @@ def test_a_beat_that_storage_does_not_take_is_told_and_tried_again(tmp_path, mon
     assert caplog.text.count("could not be renewed") == 2
 
 
+def test_an_end_that_storage_does_not_take_is_told_and_fails_no_run(tmp_path, monkeypatch, caplog):
+    def failing(place, key, old):
+        raise StorageTimeout("no answer")
+
+    with monkeypatch.context() as patched, living(tmp_path, "one"):  # undone after the end
+        assert take(tmp_path, "job", "one")
+        patched.setattr(storage, "remove_if", failing)
+    assert "could not be given back" in caplog.text
+    assert left(tmp_path) == ["claims/job.json", "runs/one.json"]
+    storage.remove(tmp_path, "runs/one.json")  # as the next run does once it finds it dead
+    with living(tmp_path, "two"):
+        assert left(tmp_path) == ["runs/two.json"]
+
+
 def test_waiting_for_others_ends_when_each_has_beaten_again_or_is_gone(tmp_path):
     theirs, dead = _Heart(tmp_path, "theirs", 60), _Heart(tmp_path, "dead", 60)
     theirs.beat()

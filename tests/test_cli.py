@@ -67,7 +67,7 @@ def test_help_documents_exit_codes_everywhere(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_run_that_left_all_rows_to_another_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _tell_run(str(tmp_path / "out"), {"skipped": 2, "run_id": "run"}, quiet=False)
+    _tell_run(str(tmp_path / "out"), {"skipped": 2, "run_id": "run"}, quiet=False, elapsed_s=1.0)
     assert capsys.readouterr().out.startswith("2 left to another run")
 
 

@@ -34,7 +34,8 @@ def finish(out: Place, job: str, age: timedelta = timedelta(), folder: bool = Fa
     name = f"row_{job}-0123456789ab" + ("" if folder else ".mp4")
     for key in (f"videos/{name}/1.png", f"videos/{name}/2.png") if folder else (f"videos/{name}",):
         storage.put(out, key, b"12345")
-    storage.put(out, f"strips/{name}.webp", b"123")
+    for folder_of_pictures in ("strips", "thumbnails"):
+        storage.put(out, f"{folder_of_pictures}/{name}.webp", b"123")
     row = ResultRow(
         job_id=job,
         run_id="r",
@@ -52,7 +53,7 @@ def finish(out: Place, job: str, age: timedelta = timedelta(), folder: bool = Fa
 
 
 def names(out: Place) -> set[str]:
-    return {entry.key for name in ("videos", "strips") for entry in storage.entries(out, name, deep=True)}
+    return {entry.key for name in ("videos", "strips", "thumbnails") for entry in storage.entries(out, name, deep=True)}
 
 
 def test_what_no_result_names_goes_and_all_else_stays(out):
@@ -61,7 +62,13 @@ def test_what_no_result_names_goes_and_all_else_stays(out):
     ResultStore(out).flush()
     finish(out, "waiting", folder=True)
     kept = names(out)
-    for key in ("videos/lost-1.mp4", "videos/lost-2/1.png", "strips/lost-1.mp4.webp", "strips/gone.mp4.webp"):
+    for key in (
+        "videos/lost-1.mp4",
+        "videos/lost-2/1.png",
+        "strips/lost-1.mp4.webp",
+        "strips/gone.mp4.webp",
+        "thumbnails/gone.mp4.webp",
+    ):
         storage.put(out, key, b"1234567890")
     storage.put(out, "videos/at_work-0123456789ab.mp4", b"1")
     storage.put(out, "records/bad.ok.json", b"{")
@@ -73,8 +80,8 @@ def test_what_no_result_names_goes_and_all_else_stays(out):
 
         told = maintain(out, "dry", dry_run=True)
         assert names(out) == before, "a dry run removes nothing"
-        assert told.counts() == {"claim": (1, 0), "video": (2, 20), "strip": (2, 20)}
-        assert told.freed_bytes == 40
+        assert told.counts() == {"claim": (1, 0), "video": (2, 20), "strip": (2, 20), "thumbnails": (1, 10)}
+        assert told.freed_bytes == 50
         done = maintain(out, "m")
         assert set(done.items) == set(told.items)
         assert done.corrupt == ("records/corrupt/bad.ok.json",)
@@ -91,13 +98,13 @@ def test_old_results_and_their_videos_go_only_when_asked(out):
     old, new = finish(out, "old", timedelta(days=40)), finish(out, "new", timedelta(days=20))
     assert maintain(out, "m").rows_forgotten == 0
     told = maintain(out, "m", dry_run=True, older_than=timedelta(days=30))
-    assert (told.rows_forgotten, len(told.items)) == (1, 2)
-    assert len(names(out)) == 4
+    assert (told.rows_forgotten, len(told.items)) == (1, 3)
+    assert len(names(out)) == 6
     assert len(read(out)) == 2
     done = maintain(out, "m", older_than=timedelta(days=30))
     assert (done.rows_forgotten, set(done.items)) == (1, set(told.items))
     assert [row.job_id for row in read(out)] == ["new"]
-    assert names(out) == {f"videos/{new}", f"strips/{new}.webp"}
+    assert names(out) == {f"videos/{new}", f"strips/{new}.webp", f"thumbnails/{new}.webp"}
     assert old not in str(names(out))
 
 
@@ -164,7 +171,7 @@ def test_leftovers_of_killed_processes_go_once_they_are(tmp_path):
     snapshots.mkdir()
     (snapshots / "a.pt").write_text("of a job that is done")
     (snapshots / "b.pt").write_text("of one that may go on")
-    for name, age_s in (("old", 7200), ("young", 10)):
+    for name, age_s in (("old", 7200), ("young", -60)):  # one is older than this process, and no other run lives
         draft = out / "records" / f"{name}.ok.json#1"
         draft.write_text("half")
         os.utime(draft, (time.time() - age_s,) * 2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from t2vz.errors import OutputError
 from t2vz.events import Event, listening
 from t2vz.plan import Job, plan
 from t2vz.render import Settings, file_name, opening, render
-from t2vz.results import ResultRow, ResultStore
+from t2vz.results import ResultRow, ResultStore, read
 from t2vz.sheet import write_sheet
 
 
@@ -154,3 +156,45 @@ def test_a_run_is_not_begun_a_second_time_while_it_lives(tmp_path: Path) -> None
             pass
         with opening(replace(settings, run_id="other")):  # which has not been waiting for it
             assert settings.workspace.is_dir()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_clock_that_went_back_loses_no_result(job, tmp_path, merged):
+    """A failure that is dated an hour ahead, as by a machine whose clock was put right since."""
+    settings, ahead = Settings(tmp_path / "out", "m", "run-2", "cpu"), datetime.now(UTC) + timedelta(hours=1)
+    store = settings.store()
+    store.commit(
+        ResultRow(job_id=job.job_id, run_id="run-1", id="one", status="failed", started_at=ahead, finished_at=ahead)
+    )
+    if merged:
+        store.flush()
+    (again,) = plan(tmp_path / "manifest.csv", settings.out)
+    assert again == job
+    assert rendered(again, settings).status == "ok"
+    assert list(store.done()) == [job.job_id]
+    (row,) = read(settings.out)
+    assert row.status == "ok"
+    assert ahead < row.started_at <= row.finished_at
+
+
+def test_what_killed_processes_left_half_written_goes_with_the_next_run_that_is_alone(tmp_path):
+    out, living = tmp_path / "out", Settings(tmp_path / "out", "m", "living")
+    drafts = [out / "records" / "a.ok.json#1", out / "results" / "_delta_log" / "_commit_0f-1.json.tmp"]
+
+    def left() -> list[bool]:
+        return [draft.exists() for draft in drafts]
+
+    with opening(living):
+        for draft in drafts:
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text("half")
+            os.utime(draft, (draft.stat().st_atime, draft.stat().st_mtime - 10))
+        with opening(Settings(out, "m", "other")):
+            pass
+        assert left() == [True, True], "the other may be writing them"
+    assert left() == [False, False]
+    drafts[0].write_text("half")
+    os.utime(drafts[0], (drafts[0].stat().st_atime, drafts[0].stat().st_mtime + 100))
+    with opening(living):
+        pass
+    assert left() == [True, False], "younger than the run: not of one that was killed before"

@@ -41,7 +41,8 @@ def transformers_model(class_name: str, reference: str, device: str) -> tuple[An
     import transformers
 
     folder = fetch(reference, _TRANSFORMERS_FILES)
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    # Said, as transformers would ask the terminal otherwise.
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = getattr(transformers, class_name).from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
     )

@@ -19,6 +19,9 @@ _FORMATS = (
     "mpegvideo,mxf,nut,ogg,wav,yuv4mpegpipe"
 )
 
+_SOME_FRAMES = 6  # bytes a pixel: of four frames of 4:2:0
+_MOST_BYTES = 2**29
+
 
 def open_source(path: str | Path) -> Any:
     """The source as a PyAV input container. Errors: SourceCorrupt; the operating system's own pass."""
@@ -46,7 +49,10 @@ def origin_s(container: Any) -> float:
 
 
 def decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The stream's frames as they arrive. Damaged packets are passed over; a damaged container ends it."""
+    """The stream's frames as they arrive. Damaged packets are passed over; a damaged container ends it.
+
+    Errors: MemoryError.
+    """
     packets = container.demux(stream)
     while True:
         try:
@@ -57,6 +63,16 @@ def decoded(container: Any, stream: Any) -> Iterator[Any]:
             return
         try:
             frames = packet.decode()
-        except AV_ERRORS:
+        except AV_ERRORS as error:
+            if isinstance(error, MemoryError):
+                raise
+            if stream.type == "video":
+                _check_memory(stream.codec_context)
             continue
         yield from frames
+
+
+def _check_memory(context: Any) -> None:
+    """Raise MemoryError if there is no room for some frames: decoders say that the data are invalid then, and frames
+    would be missing without a fault of the file's."""
+    bytearray(min(_SOME_FRAMES * context.width * context.height, _MOST_BYTES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil
@@ -53,6 +53,7 @@ def decode(
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     workspace: Path | None = None,
     probed: Probe | None = None,
+    room: Callable[[tuple[int, ...], Path | None], NDArray[np.uint8]] = allocate,
 ) -> Clip:
     """The frames of [start_s, end_s) of a video, an animation or a folder of images.
 
@@ -66,6 +67,7 @@ def decode(
     workspace: folder for the frames of clips above 256 MiB, which are a memory map then, of a file without a
         name that goes with the array. None: the system's temporary folder.
     probed: the source's probe, where the caller has it already.
+    room: what makes the array of a shape for the frames.
 
     Errors: those of `probe`; SourceEmpty (no frame in the range); SourceTooLarge (over `limits`);
     SourceCorrupt; SourceError (an aspect too extreme); OutputError (no room in `workspace`).
@@ -88,7 +90,8 @@ def decode(
                 f"video_length, or lower fps"
             )
         size = sized(source, width, height, longest_px)
-        frames = allocate((len(plan.indexes), size[1], size[0], 3), workspace)
+        limits.check_clip(str(path), len(plan.indexes), *size)
+        frames = room((len(plan.indexes), size[1], size[0], 3), workspace)
         decoder, delivered, lost = _read(source, plan.indexes, frames, fit, warnings)
         if delivered == 0:
             raise SourceCorrupt(f"{path}: no frame of the range can be decoded; the file is damaged")

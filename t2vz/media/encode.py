@@ -22,8 +22,10 @@ from t2vz import storage
 from t2vz.clip import AudioReference
 from t2vz.errors import EncodeError, OutputError, T2VZError, translate
 from t2vz.files import remove, sync
+from t2vz.media import sandbox
 from t2vz.media.av_source import AV_ERRORS
-from t2vz.media.soundtrack import Soundtrack, soundtrack
+from t2vz.media.limits import Limits
+from t2vz.media.soundtrack import Track
 from t2vz.spec import FORMAT_CODECS, JobSpec
 from t2vz.storage import Place
 
@@ -105,12 +107,14 @@ def encode(
     encoding: Encoding = Encoding(),
     audio: AudioReference | None = None,
     metadata: Mapping[str, Any] | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> Encoded:
     """Write the frames to `path`, a name in the workspace that does not exist yet; `publish` moves it on.
 
     frames: batches of uint8 (f, height, width, 3) RGB, written as they come.
     audio: sound to carry over; copied where the container takes its codec, else transcoded. What can't be
         read of it is a warning. None goes into gif and png.
+    limits: of reading the sound.
     metadata: JSON-ready; in the file's comment, for a png folder in `t2vz.json`.
 
     The file is complete and on the disk when this returns; after any exception, one of `frames` included,
@@ -128,7 +132,7 @@ def encode(
             writer: _PngFolder | _VideoFile = _PngFolder(path, info)
         else:
             if audio is not None and encoding.format != "gif":
-                track = soundtrack(audio, encoding.format, warnings)
+                track = sandbox.soundtrack(audio, encoding.format, warnings, path.parent, limits)
             with _encoding(path, what):
                 writer = _VideoFile(path, width, height, rate_fps, encoding, info, track)
         count = 0
@@ -293,7 +297,7 @@ class _VideoFile:
         rate_fps: Fraction,
         encoding: Encoding,
         info: str,
-        track: Soundtrack | None,
+        track: Track | None,
     ) -> None:
         # bitexact: no random ids, so that equal frames give equal bytes.
         options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if encoding.format == "mp4" else {})

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset((".apng", ".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+# By content: of others that Pillow reads, some start programs (EPS) or are read by code that hardly anyone tests.
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP")
 _FRAME_S = 0.1  # of an animation that gives no duration, as browsers and FFmpeg have it
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # orientations that swap width and height
@@ -96,13 +98,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with path.open("rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file, formats=_FORMATS) as image:
             yield image
     except Image.DecompressionBombError as error:
         raise SourceTooLarge(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
-        raise SourceCorrupt(f"{path}: not an image that Pillow knows, or damaged") from error
-    except (ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
+        raise SourceCorrupt(f"{path}: not an image of a known format, or damaged") from error
+    except (ValueError, SyntaxError, EOFError, IndexError, RuntimeError, struct.error, zlib.error) as error:
         raise SourceCorrupt(f"{path}: the image is damaged ({error})") from error
     except OSError as error:
         if error.errno is not None:  # the operating system's, not Pillow's own

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from t2vz.clip import AudioReference
 from t2vz.errors import EncodeError, translating
 from t2vz.files import remove, sync
+from t2vz.media import sandbox
 from t2vz.media.av_source import decoded, open_source, video_stream
 from t2vz.media.decode import cover, decode
 from t2vz.media.encode import METADATA_FILE, Encoded, Encoding, checksum, encode
 from t2vz.media.images import image_size
-from t2vz.media.soundtrack import soundtrack
 
 _MUXERS = {"mkv": "matroska"}
 
@@ -114,7 +114,7 @@ def _copied(
     # As `encode` writes them: no random ids, so that equal parts give equal bytes.
     options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if encoding.format == "mp4" else {})
     with ExitStack() as stack:
-        track = None if audio is None else soundtrack(audio, encoding.format, warnings)
+        track = None if audio is None else sandbox.soundtrack(audio, encoding.format, warnings, path.parent)
         if track is not None:
             stack.callback(track.close)
         muxer = _MUXERS.get(encoding.format, encoding.format)

@@ -16,7 +16,7 @@ from t2vz.errors import SourceCorrupt, SourceEmpty, SourceTooLarge
 from t2vz.media import images
 from t2vz.media.av_source import AV_ERRORS, decoded, open_source, origin_s, video_stream
 from t2vz.media.limits import Limits
-from t2vz.media.local import local_source, reading
+from t2vz.media.local import check_bytes, local_source, reading
 from t2vz.media.picture import check_colours, is_untagged_hd, orientation
 
 FOLDER_RATE_FPS = Fraction(25)
@@ -88,24 +88,17 @@ def probe(path: str | os.PathLike[str], limits: Limits = Limits()) -> Probe:  # 
     """
     text = os.fspath(path)
     with reading(text):
-        path = local_source(text)
+        path = local_source(text, limits)
         if path.is_dir():
             return _probe_folder(path, limits)
         with path.open("rb"):  # the operating system's own error, before FFmpeg words it
             size_bytes = path.stat().st_size
         if size_bytes == 0:
             raise SourceEmpty(f"{text}: the file is empty")
-        _check_bytes(text, size_bytes, limits)
+        check_bytes(text, size_bytes, limits)
         if path.suffix.lower() in images.SUFFIXES:
-            return _probe_image(path, limits)
-        return _probe_av(path, limits)
-
-
-def _check_bytes(path: str, size_bytes: int, limits: Limits) -> None:
-    if size_bytes > limits.max_source_bytes:
-        raise SourceTooLarge(
-            f"{path}: {size_bytes / 1e6:,.3g} MB, the limit is {limits.max_source_bytes / 1e6:,.3g} MB; cut it first"
-        )
+            return _check_duration(_probe_image(path, limits), limits)
+        return _check_duration(_probe_av(path, limits), limits)
 
 
 def _check_pixels(path: str, width: int, height: int, limits: Limits) -> None:
@@ -116,18 +109,34 @@ def _check_pixels(path: str, width: int, height: int, limits: Limits) -> None:
         )
 
 
+def _check_duration(probed: Probe, limits: Limits) -> Probe:
+    if probed.duration_s > limits.max_duration_s:
+        raise SourceTooLarge(
+            f"{probed.path}: lasts {probed.duration_s:,.4g} s, the limit is {limits.max_duration_s:,.4g} s; "
+            "cut it first"
+        )
+    return probed
+
+
 def _probe_folder(path: Path, limits: Limits) -> Probe:
     files = images.image_files(path)
-    _check_bytes(str(path), sum(file.stat().st_size for file in files), limits)
+    check_bytes(str(path), sum(file.stat().st_size for file in files), limits)
     sizes = [images.image_size(file) for file in files]
     for width, height in set(sizes):
         _check_pixels(str(path), width, height, limits)
     return _probe_of_images(path, "folder", sizes[0], [1 / float(FOLDER_RATE_FPS)] * len(files), FOLDER_RATE_FPS)
 
 
-def _probe_image(path: Path, limits: Limits) -> Probe:
+def check_picture(path: Path, limits: Limits) -> tuple[int, int]:
+    """(width, height) of an image file, which is not decoded. Errors: SourceTooLarge, and `images.image_size`'s."""
+    check_bytes(str(path), path.stat().st_size, limits)
     size = images.image_size(path)
     _check_pixels(str(path), *size, limits)
+    return size
+
+
+def _probe_image(path: Path, limits: Limits) -> Probe:
+    size = check_picture(path, limits)
     return _probe_of_images(path, "animation", size, images.animation_durations_s(path))
 
 

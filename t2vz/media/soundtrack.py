@@ -1,8 +1,13 @@
-"""Soundtrack: the sound of a source's range, carried over to an output beside the frames."""
+"""Soundtrack: the sound of a source's range, carried over to an output beside the frames.
+
+In two steps, so that the source is opened in a child only (`media.sandbox`): `write` makes a file of the range's sound,
+in the output's container and codec; a `Track` copies the packets of that into the output.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import av
@@ -24,17 +29,51 @@ _SEEK_BEYOND_S = 10.0
 _SEEK_MARGIN_S = 1.0
 
 
-class Soundtrack:
-    """Packets of the range, written as the video goes on, so that neither waits in memory for the other.
+_MUXERS = {"mkv": "matroska"}
 
-    Of several tracks it takes the default one, else the first.
+
+class Track:
+    """Packets of a file that `write` made, written as the video goes on, so that neither waits in memory for the other.
 
     written: True once sound is in the output.
     """
 
-    def __init__(self, audio: AudioReference, format: str, warnings: list[str]) -> None:
-        """Open the source. Raises what opening or decoding its first sound raises; see `soundtrack`."""
+    def __init__(self, path: Path) -> None:
         self.written = False
+        self._source = open_source(path)
+        self._pending: Any = None
+        self._packets: Iterator[Any] = iter(())
+        self._output: Any = None
+
+    def add_to(self, output: Any) -> None:
+        """Make the stream in the output container, before anything is written there."""
+        (sound,) = self._source.streams.audio
+        stream = output.add_stream_from_template(sound)
+        self._packets = (packet for packet in self._source.demux(sound) if packet.size and packet.pts is not None)
+        self._output, self._stream = output, stream
+
+    def write_until(self, end_s: float) -> None:
+        """Write the packets that begin before `end_s` of the output."""
+        while True:
+            if self._pending is None:
+                self._pending = next(self._packets, None)
+            if self._pending is None or self._pending.pts * self._pending.time_base >= end_s:
+                return
+            self._pending.stream = self._stream
+            self._output.mux(self._pending)
+            self._pending = None
+            self.written = True
+
+    def close(self) -> None:
+        self._packets = iter(())
+        self._source.close()
+
+
+class _Range:
+    """The source's packets of the range. Of several tracks it takes the default one, else the first."""
+
+    def __init__(self, audio: AudioReference, format: str, warnings: list[str]) -> None:
+        """Open the source. Raises what opening or decoding its first sound raises."""
         self._warnings = warnings
         self._source = open_source(audio.path)
         try:
@@ -58,16 +97,33 @@ class Soundtrack:
         except BaseException:
             self._source.close()
             raise
-        self._packets: Iterator[tuple[float, Any]] = iter(())
-        self._pending: tuple[float, Any] | None = None
-        self._output: Any = None
 
-    def add_to(self, output: Any) -> None:
-        """Make the stream in the output container, before anything is written there."""
-        self._output = output
+    def write(self, output: Any) -> bool:
+        """Write all of it to the output container; False if it is nothing. Damage ends the sound with a warning."""
+        packets, at_s, written = self._packets(output), 0.0, False
+        while True:
+            try:
+                at_s, packet = next(packets, (at_s, None))
+            except AV_ERRORS as error:
+                return self._ended(at_s, error, written)
+            if packet is None:
+                return written
+            try:
+                output.mux(packet)
+            except AV_ERRORS as error:
+                if isinstance(error, OSError):  # the disk's, and not the packet's
+                    raise
+                return self._ended(at_s, error, written)
+            written = True
+
+    def _ended(self, at_s: float, error: Exception, written: bool) -> bool:
+        self._warnings.append(f"the audio ends early, at {at_s:.2f} s: its source is damaged ({_why(error)})")
+        return written
+
+    def _packets(self, output: Any) -> Iterator[tuple[float, Any]]:
+        """(when it begins in the output, in seconds; a packet of the stream that is made there)."""
         if self._encoder is None:
-            self._packets = self._copied(output.add_stream_from_template(self._stream))
-            return
+            return self._copied(output.add_stream_from_template(self._stream))
         context = self._stream.codec_context
         rate_hz = _OPUS_RATE_HZ if self._encoder == "libopus" else context.sample_rate
         channels = min(context.channels, 2)
@@ -76,25 +132,9 @@ class Soundtrack:
         stream = output.add_stream(self._encoder, rate=rate_hz, layout=("mono", "stereo")[channels - 1])
         if self._encoder in _BIT_RATE:
             stream.bit_rate = channels * _BIT_RATE[self._encoder]
-        self._packets = self._transcoded(stream)
-
-    def write_until(self, end_s: float) -> None:
-        """Write the packets that begin before `end_s` of the output. Damage ends the sound with a warning."""
-        while True:
-            if self._pending is None:
-                try:
-                    self._pending = next(self._packets, None)
-                except AV_ERRORS as error:
-                    self._packets = iter(())
-                    self._warnings.append(f"the audio ends early, at {end_s:.2f} s: its source is damaged ({error})")
-            if self._pending is None or self._pending[0] >= end_s:
-                return
-            self._output.mux(self._pending[1])
-            self._pending = None
-            self.written = True
+        return self._transcoded(stream)
 
     def close(self) -> None:
-        self._packets = iter(())
         self._source.close()
 
     def _seek(self) -> None:
@@ -135,13 +175,38 @@ class Soundtrack:
             yield float(packet.pts * packet.time_base), packet
 
 
-def soundtrack(audio: AudioReference, format: str, warnings: list[str]) -> Soundtrack | None:
-    """The sound for a container of `format`; None and a warning if the source's can't be read."""
+def write(audio: AudioReference, path: Path, format: str) -> tuple[bool, tuple[str, ...]]:
+    """Write a file of the range's sound alone, for a container of `format`: (whether there is any, warnings).
+
+    What can't be read is a warning. The operating system's errors with `path` pass.
+    """
+    warnings: list[str] = []
     try:
-        return Soundtrack(audio, format, warnings)
+        sound = _Range(audio, format, warnings)
     except (*AV_ERRORS, OSError, SourceError) as error:
-        warnings.append(f"the source's audio can't be read, the video has none ({error})")
-        return None
+        return False, (*warnings, unreadable(error))
+    try:
+        with av.open(
+            f"file:{path}", "w", format=_MUXERS.get(format, format), container_options={"fflags": "+bitexact"}
+        ) as output:
+            written = sound.write(output)
+    except AV_ERRORS as error:
+        if isinstance(error, OSError):
+            raise
+        return False, (*warnings, unreadable(error))
+    finally:
+        sound.close()
+    return written, tuple(warnings)
+
+
+def unreadable(error: Exception) -> str:
+    """The warning."""
+    return f"the source's audio can't be read, the video has none ({_why(error)})"
+
+
+def _why(error: Exception) -> object:
+    """FFmpeg's words without the file's name, which may be a draft's."""
+    return getattr(error, "strerror", None) or error
 
 
 def _trim_graph(stream: Any, begin_s: float, end_s: float) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from t2vz.engine.schedule import make_scheduler
 from t2vz.errors import ModelError, UnsupportedModel
 from t2vz.models import LOADING, hub, table
 from t2vz.models.adapters import put_on
@@ -33,6 +35,8 @@ _COVERED: dict[str, dict[str, str]] = {
 }
 _XL_NATIVE_PX = 1024
 _BYTE_TOKENS = 512  # CLIP's tokenizer knows every byte, inside and at the end of a word
+
+_MOST_LAYERS, _MOST = 512, 2**20  # of any kind, in one part of a model; of anything else
 
 _cache: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
@@ -155,6 +159,9 @@ def _load(spec: JobSpec, device: str) -> Components:
             if module is not None:
                 _ready(module, f"model {spec.model}", spec, device)
         _ready_vae(parts.vae, f"model {spec.model}", spec, device, is_sdxl=parts.is_sdxl)
+        make_scheduler(
+            spec.scheduler_name, parts.scheduler_config, spec.num_inference_steps
+        )  # what is wrong is told now
         return parts
 
 
@@ -218,6 +225,8 @@ def _from_folder(reference: str, spec: JobSpec, device: str) -> Components:
             raise UnsupportedModel(f"model {spec.model}: its {part} is a {named}; so far only {covered} is covered")
         if not pinned:
             _require_safetensors(Path(reference) / part)
+    if not pinned:
+        check_sizes(Path(reference) / "scheduler", "model")
     weights = {"use_safetensors": True, "torch_dtype": _dtype(spec), **pinned}
     config = DDIMScheduler.load_config(reference, subfolder="scheduler", **pinned)
     _check_parametrisation(spec.model, config, AutoencoderKL.load_config(reference, subfolder="vae", **pinned))
@@ -267,6 +276,8 @@ def _transformers_model(name: str, reference: str, spec: JobSpec, column: str = 
 
 
 def _require_safetensors(folder: Path, column: str = "model") -> None:
+    """And a configuration of a size that weights can have."""
+    check_sizes(folder, column)
     if any(folder.glob("*.safetensors")):
         return
     if any(file.suffix in (".bin", ".ckpt", ".pt", ".pth") for file in folder.glob("*")):
@@ -275,6 +286,31 @@ def _require_safetensors(folder: Path, column: str = "model") -> None:
             "(load it in diffusers where you trust it, and save_pretrained)"
         )
     raise ModelError(f"{column} {folder}: no .safetensors weights there; complete the model or name another")
+
+
+def check_sizes(folder: Path, column: str) -> None:
+    """Raise UnsupportedModel if a configuration in the folder asks for a model beyond any: libraries would build it,
+    for hours, before they compare it with its weights. What is no JSON is left to them.
+    """
+    for file in sorted(folder.glob("*config.json")):
+        with suppress(OSError, ValueError, RecursionError):
+            for name, number in _numbers(json.loads(file.read_text("utf-8"))):
+                most = _MOST_LAYERS if "layers" in name or name.startswith("number of ") else _MOST
+                if abs(number) > most:
+                    raise UnsupportedModel(f"{column} {file}: {name} is {number:g}, more than any model has ({most})")
+
+
+def _numbers(node: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a JSON value, with the name that it, or the list that it is in, goes by."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _numbers(value, key)
+    elif isinstance(node, list):
+        yield f"number of {name}", len(node)
+        for value in node:
+            yield from _numbers(value, name)
+    elif isinstance(node, int | float):
+        yield name, node
 
 
 def _from_single_file(path: str, spec: JobSpec, device: str) -> Components:
@@ -395,6 +431,49 @@ def _load_controlnet(reference: str, base: Components, spec: JobSpec, device: st
                 table.resolve(reference), use_safetensors=True, torch_dtype=_dtype(spec), **_pinned(reference)
             )
         return _ready(model, f"controlnet {reference}", spec, device)
+
+
+def safety_checker(spec: JobSpec, device: str) -> tuple[Any, Any] | None:
+    """The safety checker of the row's model and its image processor; None if the model has none, as `mini`, SDXL and
+    single files. Raises ModelError if it names one that is not whole.
+    """
+    reference = table.model_reference(spec)
+    if Path(reference).is_file():
+        return None
+    key = ("safety_checker", table.base_identity(spec), *_place(spec, device))
+    return _cached(key, lambda: _load_safety_checker(reference, spec, device))
+
+
+_CHECKER = "StableDiffusionSafetyChecker"
+
+
+def _load_safety_checker(reference: str, spec: JobSpec, device: str) -> tuple[Any, Any] | None:
+    from diffusers import DiffusionPipeline
+
+    with _loading(reference):
+        pinned, folder = _pinned(reference, spec.revision), table.resolve(reference)
+        named = (DiffusionPipeline.load_config(folder, **pinned).get("safety_checker") or (None, None))[1]
+        if named is None:
+            return None
+        if named != _CHECKER:
+            raise ModelError(f"model {spec.model}: its safety checker is a {named}; only {_CHECKER} is known")
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessor
+
+        if not pinned:
+            _require_safetensors(Path(folder) / "safety_checker")
+        model, report = StableDiffusionSafetyChecker.from_pretrained(
+            folder,
+            subfolder="safety_checker",
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=_dtype(spec),
+            **pinned,
+        )
+        if report["missing_keys"]:  # without its concepts it would flag nothing, or everything
+            raise _incomplete(model, f"model {spec.model}", sorted(report["missing_keys"]))
+        extractor = CLIPImageProcessor.from_pretrained(folder, subfolder="feature_extractor", **pinned)
+        return _ready(model, f"model {spec.model}", spec, device), extractor
 
 
 def _dtype(spec: JobSpec) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,9 +167,33 @@ def identity(spec: JobSpec) -> str:
         parts += [revision(reference, column="controlnet") for reference in controlnet_references(spec)]
     if spec.conditions_extracted:
         roles = annotator_references(spec)
-        needed = {role for name in spec.condition for role in _ROLES.get(name, ("annotators",))}
-        parts += [revision(roles[role], column=_COLUMNS[role]) for role in sorted(needed)]
+        parts += [revision(roles[role], column=_COLUMNS[role]) for role in _needed_roles(spec)]
     return " ".join(parts)
+
+
+def references(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
+    """(column, reference, wanted revision) of every model that `identity` takes in. Raises UnknownModel."""
+    model = model_reference(spec)
+    yield "model", model, spec.revision
+    if spec.base_config is not None and Path(model).is_file():
+        yield "base_config", spec.base_config, None
+    yield from (("lora", reference, None) for reference in spec.lora)
+    yield from (("textual_inversion", reference, None) for reference in spec.textual_inversion)
+    if spec.ip_adapter is not None:
+        yield "ip_adapter", spec.ip_adapter, None
+        yield "image_encoder", image_encoder_reference(spec), None
+    for column in ("vae", "segmentation_model"):
+        if (reference := getattr(spec, column)) is not None:
+            yield column, reference, None
+    if spec.mode == "control":
+        yield from (("controlnet", reference, None) for reference in controlnet_references(spec))
+    if spec.conditions_extracted:
+        roles = annotator_references(spec)
+        yield from ((_COLUMNS[role], roles[role], None) for role in _needed_roles(spec))
+
+
+def _needed_roles(spec: JobSpec) -> list[str]:
+    return sorted({role for name in spec.condition for role in _ROLES.get(name, ("annotators",))})
 
 
 def base_identity(spec: JobSpec) -> str:
@@ -289,8 +314,12 @@ def _folder_fingerprint(folder: Path) -> str:
     # Before its files are looked for: a folder of something else may be a whole disk.
     if not any(path.name in _SIGNS or path.suffix in _SIGNS for path in folder.iterdir()):
         raise UnknownModel(f"{shown(folder)}: no model there (no {_PIPELINE}, config.json, .safetensors or .pth)")
-    files = sorted(p for p in folder.rglob("*") if p.suffix in _WEIGHTS and p.is_file())
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
+    for file in model_files(folder):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{fingerprint(file)}\n".encode())
     return digest.hexdigest()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that decide what it does: configurations and weights, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHTS and path.is_file())

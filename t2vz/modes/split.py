@@ -236,7 +236,11 @@ def _restored(value: Any) -> Any:
 
 def main(device: str) -> NoReturn:
     """A follower's process."""
-    follow(str(_join(device).device))
+    try:
+        follow(str(_join(device).device))
+    except DeviceLost as error:  # the leader is gone, however it ended
+        sys.stderr.write(f"process {os.environ.get('RANK')} of a split clip ends: {error.message}\n")
+        os._exit(1)
     os._exit(0)  # see `generate_split`
 
 

@@ -201,7 +201,29 @@ def refused(ran: Any, said: str) -> None:
     assert said in line
 
 
-# Limits and a full disk are met below the command line, which sets neither.
+def test_what_sources_may_be_is_said_on_the_command_line(
+    sources: Path, manifest: Write, t2vz: T2vz, tmp_path: Path
+) -> None:
+    """To the plan and to the run, through the flow."""
+    row = {"id": "one", **EDIT, "source": str(sources / "good.mp4")}
+    path = manifest(tmp_path / "m.csv", row)
+    for option, value, said in (
+        ("--max-frames", "1", "the limit is 1"),
+        ("--max-duration-s", "0.5", "the limit is 0.5 s"),
+        ("--source-scheme", "s3", "may come from s3 only"),
+        ("--source-root", str(tmp_path), "outside of the folders"),
+        ("--model-checksums", "nowhere.json", "nowhere.json"),
+    ):
+        planned = t2vz("plan", path, tmp_path / "out", option, value)
+        ran = t2vz("run", path, tmp_path / option, option, value)
+        assert (planned.code, ran.code) == (1, 1)
+        assert said in planned.told
+        assert said in ran.rows["one"].error_message
+    assert t2vz("plan", path, tmp_path / "out", "--source-root", str(sources), "--max-frames", "8").code == 0
+    assert t2vz("plan", path, tmp_path / "out", "--max-frames", "0").code == 2
+
+
+# Limits and a full disk, below the command line.
 
 
 def test_source_over_a_limit(sources: Path, manifest: Write, tmp_path: Path) -> None:

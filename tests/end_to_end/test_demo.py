@@ -21,8 +21,8 @@ from t2vz.media.strip import shown
 from t2vz.mini import measures
 from t2vz.mini.read import time as read_time
 from t2vz.results import ResultRow
-from t2vz.sheet import strip_key
-from t2vz.spec import evaluations
+from t2vz.sheet import strip_key, thumbnails_key
+from t2vz.spec import JobSpec, evaluations
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "manifests" / "demo.csv"
@@ -95,7 +95,9 @@ def test_file_carries_the_parameters_of_its_row(rendered: Any) -> None:
         carried = video.metadata
         assert carried.pop("job_id") == result.job_id
         assert carried.pop("t2vz") == result.t2vz_version
-        assert carried == json.loads(result.parameters)
+        parameters = json.loads(result.parameters)
+        del parameters["cells"]  # may hold paths, which are no business of whoever gets the file
+        assert carried == parameters
         assert carried["prompt"] == row.spec.prompt == result.prompt
         assert carried["seed"] == row.spec.seed == result.seed
 
@@ -131,6 +133,12 @@ def test_rerun_renders_nothing_and_says_so(demo: Any, t2vz: Callable[..., Any]) 
     assert {path: path.stat().st_mtime_ns for path in (demo.out / "videos").iterdir()} == before
 
 
+def test_every_result_keeps_the_cells_that_asked_for_it(rendered: Any) -> None:
+    for row, result, _ in rendered:
+        cells = json.loads(result.parameters)["cells"]
+        assert JobSpec.model_validate(cells) == row.spec
+
+
 def test_every_row_has_a_strip_and_the_sheet_shows_them_all(
     demo: Any, rendered: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +150,8 @@ def test_every_row_has_a_strip_and_the_sheet_shows_them_all(
         assert strip.shape == (lines * height, 8 * width, 3)
         made = np.concatenate(video.frames()[list(shown(result.frames))], axis=1)
         assert np.abs(strip[-height:] - made).mean() < 6  # two lossy codecs apart; another clip's: 30 and more
+        with Image.open(demo.out / thumbnails_key(result.output_uri)) as opened:
+            assert opened.size == (min(16, result.frames) * width, lines * height)
     sheet = tmp_path / "sheet.png"
     assert main(["sheet", str(demo.out), str(sheet), "--columns", "2", "--scale", "0.5"]) == 0
     assert capsys.readouterr().out == f"{len(rendered)} rows drawn in {sheet}\n"

@@ -33,6 +33,7 @@ from t2vz.render import Render
 from t2vz.results import ResultRow, ResultStore, read
 from t2vz.workers import Pool, ProcessWorker
 from t2vz_flows.render_manifest import RenderParameters, StageRetries, render_manifest
+from t2vz_flows.shown import gallery_address
 
 Write = Callable[..., Path]
 
@@ -82,8 +83,10 @@ def task_runs(run_id: str, complete: Callable[[dict[str, Any]], bool]) -> dict[s
 
 
 def test_bad_row_beside_good_one_is_recorded_and_shown(
-    manifest: Write, flow_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    manifest: Write, flow_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("T2VZ_GALLERY_URL", "http://gallery.example/all")
+    monkeypatch.setenv("T2VZ_GALLERY_ROOT", str(tmp_path))
     logging.getLogger("prefect").propagate = True
     with caplog.at_level(logging.INFO):
         state = flow_run(manifest(MISSING, GOOD))
@@ -107,7 +110,13 @@ def test_bad_row_beside_good_one_is_recorded_and_shown(
     assert runs["generate good"].total_run_time.total_seconds() > 0
 
     shown = artifacts(rows["good"].run_id)
-    assert set(shown) == {"render-manifest", "render-progress", "failed-rows", "contact-sheet"}
+    assert set(shown) == {
+        *("render-manifest", "render-progress", "row-counts", "failed-rows", "contact-sheet", "gallery", "plots")
+    }
+    assert "(http://gallery.example/all/out/)" in shown["gallery"].data
+    assert "(http://gallery.example/all/out/)" in shown["render-manifest"].data
+    assert f"(http://gallery.example/all/out/{rows['good'].output_uri})" in shown["contact-sheet"].data
+    assert json.loads(shown["row-counts"].data) == [{"rows": 1, "ended": "rendered"}, {"rows": 1, "ended": "failed"}]
     assert "1 rendered, 1 failed" in shown["render-manifest"].data
     assert "| missing | decode |" in shown["render-manifest"].data
     assert shown["render-progress"].data == 100
@@ -115,10 +124,31 @@ def test_bad_row_beside_good_one_is_recorded_and_shown(
     assert (failed["row"], failed["stage"], failed["attempts"]) == ("missing", "decode", 0)
     assert "nowhere.mp4" in failed["reason"]
     assert moving_pictures(shown["contact-sheet"].data) == [(TINY_FRAMES, (64, 64))]
+    (times,) = re.findall(r"data:image/svg\+xml;base64,([^)]*)\)", shown["plots"].data)
+    assert "generate" in base64.b64decode(times).decode()
 
     assert "Task run" in caplog.text  # Prefect's log was heard
     assert "Traceback" not in caplog.text
     assert "NoneType" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("root", "out", "address"),
+    [
+        (None, "/data/out", "http://host:8080"),
+        ("/data", "/data/a/my out", "http://host:8080/a/my%20out/"),
+        ("/data/", "/data", "http://host:8080/"),
+        ("/data", "/database/out", None),
+        ("/data", "s3://bucket/data", None),
+    ],
+)
+def test_the_gallery_of_an_output_folder(
+    root: str | None, out: str, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("T2VZ_GALLERY_URL", "http://host:8080")
+    if root is not None:
+        monkeypatch.setenv("T2VZ_GALLERY_ROOT", root)
+    assert gallery_address(out) == address
 
 
 def artifacts(run_id: str) -> dict[str, Any]:

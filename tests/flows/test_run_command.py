@@ -75,9 +75,22 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("options", [(), ("--workers", "2")])
-def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_else(
-    manifest: Write, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path, options: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("sent", "options", "code", "said"),
+    [
+        (signal.SIGINT, (), 130, "interrupted"),
+        (signal.SIGINT, ("--workers", "2"), 130, "interrupted"),
+        (signal.SIGTERM, (), 143, "stopped by SIGTERM"),
+    ],
+)
+def test_ctrl_c_or_sigterm_keeps_what_is_finished_and_leaves_nothing_else(
+    manifest: Write,
+    start: Callable[..., "subprocess.Popen[str]"],
+    tmp_path: Path,
+    sent: signal.Signals,
+    options: tuple[str, ...],
+    code: int,
+    said: str,
 ) -> None:
     """A terminal's Ctrl-C reaches the workers, too; what they make of it is the run's to decide."""
     out = tmp_path / "out"
@@ -91,12 +104,12 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_nothing_else(
     awaiting(second_row_runs, process)
     workers = children(process.pid)
     for pid in (*workers, process.pid):
-        os.kill(pid, signal.SIGINT)
+        os.kill(pid, sent)
     _, log = process.communicate(timeout=60)
 
-    assert process.returncode == 130, log
-    assert log.splitlines()[-1].startswith("interrupted")
-    assert log.count("interrupted") == 1
+    assert process.returncode == code, log
+    assert log.splitlines()[-1].startswith(f"{said}: finished rows are kept; the same command goes on")
+    assert log.count(said) == 1
     assert "Traceback" not in log
     rows = list(read(out))
     assert 1 <= len(rows) < 6

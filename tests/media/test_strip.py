@@ -43,7 +43,27 @@ def test_a_strip_has_its_lines_under_each_other(tmp_path):
 
 
 def test_a_panorama_is_made_small_enough_for_webp(tmp_path):
-    wide = np.zeros((8, 64, 4096, 3), np.uint8)
+    wide = np.zeros((40, 64, 4096, 3), np.uint8)
     strip.write(tmp_path, "strips/wide.webp", [strip.thumbnails(wide)], tmp_path)
-    with Image.open(tmp_path / "strips" / "wide.webp") as opened:
-        assert opened.size == (8 * 1024, 16)
+    strip.write_moving(tmp_path, "thumbnails/wide.webp", [strip.thumbnails(wide)], tmp_path)
+    for folder, frames in (("strips", 8), ("thumbnails", 16)):
+        with Image.open(tmp_path / folder / "wide.webp") as opened:
+            assert opened.size == (frames * 1020, 16)
+
+
+@pytest.mark.parametrize("count", [3, 16, 100])
+def test_thumbnails_run_from_the_first_frame_to_the_last_and_the_strip_shows_some_of_them(count, tmp_path):
+    clip = np.zeros((count, 32, 32, 3), np.uint8)
+    clip[...] = (np.arange(count) * 2)[:, None, None, None]  # a frame's level is its place twice
+    thumbnails = strip.thumbnails(clip)
+    places = [int(frame.mean()) // 2 for frame in thumbnails]
+    assert (len(places), places[0], places[-1]) == (min(count, 16), 0, count - 1)
+    steps = np.diff(places)
+    assert steps.max() - steps.min() <= 1  # evenly
+    strip.write(tmp_path, "strip.webp", [thumbnails], tmp_path)
+    with Image.open(tmp_path / "strip.webp") as opened:
+        picture = np.asarray(opened.convert("L")).astype(float)
+    levels = picture.reshape(32, -1, 32).mean(axis=(0, 2))
+    assert len(levels) == min(count, 8)
+    assert np.abs(levels[[0, -1]] - [0, 2 * (count - 1)]).max() < 4
+    assert (np.diff(levels) > 0).all()

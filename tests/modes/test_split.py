@@ -1,6 +1,7 @@
 """One clip's frames over several processes: the same frames, and the evaluations add up."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,32 @@ def test_a_leader_has_followers_make_their_parts(tiny_model, tiny_controlnets, t
     after = torch.load(tmp_path / "after.pt", weights_only=True)
     assert (after - whole.latents).abs().max() <= 1e-4
     assert not list(tmp_path.glob("*.npy"))  # what the processes shared is gone
+
+
+def test_a_follower_whose_leader_is_gone_says_so_and_ends(tmp_path):
+    """The leader begins, is killed before it tells of a clip, and cannot kill what it did not start."""
+    code = "from types import SimpleNamespace; from t2vz.modes import split; import torch.distributed as dist\n"
+    code += "dist.init_process_group('gloo'); split._join = lambda device: SimpleNamespace(device='cpu')\n"
+    code += "split._group()\n"
+    leader = code + "import os; os._exit(9)"
+    follower = code + "split.main('cpu')"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", each],
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, each in enumerate((leader, follower))
+    ]
+    _, log = processes[1].communicate(timeout=120)
+    processes[0].communicate(timeout=120)
+    assert processes[1].returncode == 1
+    assert "Traceback" not in log
+    assert "process 1 of a split clip ends: a process that makes a part of each clip has ended" in log.splitlines()
 
 
 def test_more_processes_than_gpus_are_refused_at_once(monkeypatch):
