@@ -53,7 +53,8 @@ def leftovers(out: Path) -> list[str]:
     """What lies in the output folder beside finished videos, the table and what keeps two runs apart."""
     named = {Path(row.output_uri).name for row in read(out) if row.output_uri}
     strays = [path for path in (out / "videos").iterdir() if path.name not in named]
-    strays += [path for path in (out / ".work").iterdir() if path.name != "sweep.lock"]
+    strays += [path for path in (out / ".work").iterdir() if path.name not in ("sweep.lock", "snapshots")]
+    strays += (out / ".work" / "snapshots").glob("*")
     return [str(path.relative_to(out)) for path in strays]
 
 

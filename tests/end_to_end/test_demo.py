@@ -27,8 +27,8 @@ from t2vz.spec import JobSpec, evaluations
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "manifests" / "demo.csv"
 
-# Columns of an ok row that are empty, and where. `quality` is measured by no stage yet.
-EMPTY = {"error_stage", "error_class", "error_message", "retryable", "quality"}
+# Columns of an ok row that are empty, and where. `quality` is asked for by --quality; `mini` has no checker.
+EMPTY = {"error_stage", "error_class", "error_message", "retryable", "quality", "content_frames"}
 OF_A_SOURCE = {"source_uri", "source_fingerprint", "decoder", "decode_s"}
 
 

@@ -42,7 +42,7 @@ def start(prefect_api: str) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         process.communicate()
 
 
-def awaiting(what: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 90) -> None:
+def awaiting(what: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, process.communicate()
