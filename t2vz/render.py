@@ -216,8 +216,9 @@ def merge_results(settings: Settings) -> None:
 def _sweep_snapshots(folder: Path) -> None:
     """Remove those that no run came back for: their rows were changed or given up."""
     for snapshot in folder.glob("*.pt"):
-        if time.time() - snapshot.stat().st_mtime > SNAPSHOT_KEPT_S:
-            snapshot.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run has just done its row
+            if time.time() - snapshot.stat().st_mtime > SNAPSHOT_KEPT_S:
+                snapshot.unlink()
 
 
 def _sweep_drafts(settings: Settings, begun_ns: int) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from t2vz.cli import main
 from t2vz.errors import OutputError, UnexpectedError
+from t2vz.library import Cutting, Source, joining, scan
 from t2vz.media.provenance import Signing, _gif_comment, _manifest, _signer, check, read
 from t2vz.plan import Job, plan
 from t2vz.render import Settings, opening, render
@@ -124,6 +125,26 @@ def test_the_claim_says_that_ai_made_it_and_with_what(rendered, signing, columns
     assert action["digitalSourceType"] == f"http://cv.iptc.org/newscodes/digitalsourcetype/{kind}"
     said = {"t2vz.mode": row.mode, "t2vz.model": row.model, "t2vz.model_revision": row.model_revision}
     assert action["parameters"] == said, "the prompt is told only if asked for"
+
+
+def test_what_is_joined_is_signed_as_its_parts_are(signing, tmp_path):
+    style = {"mode": "edit", "prompt": "x", "num_inference_steps": "3", "video_length": "4", "width": "64"}
+    out, source = tmp_path / "out", Source("ball.mp4", str(CLIP))
+    found = scan([source], out, style | {"image_guidance_scale": "0"}, cutting=Cutting(max_frames=2))
+    settings = Settings(out, str(found.manifest), "run", "cpu", signing=signing)
+    with opening(settings):
+        for job in plan(found.manifest, out):
+            assert render(job, settings).status == "ok"
+        ((_, join),) = joining(found, settings)
+        joined = join()
+    assert joined.status == "joined", joined.reason
+    (row, _) = results(out)
+    for path in (row.output_uri, joined.output_uri):
+        signature = read(out / path)["signature"]
+        assert signature["valid"] is True
+        assert signature["actions"][0]["parameters"]["t2vz.model_revision"] == row.model_revision
+    ((_, again),) = joining(found, settings)
+    assert again.status == "kept"
 
 
 def test_the_prompt_is_told_if_asked_for(rendered, signing):
