@@ -18,7 +18,7 @@ from t2vz.library import Joined, Library
 from t2vz.render import Settings, opening
 from t2vz_flows.lifecycle import begin
 from t2vz_flows.options import RenderOptions
-from t2vz_flows.render_manifest import RenderParameters, model_policy, render_manifest, source_limits
+from t2vz_flows.render_manifest import RenderParameters, model_policy, render_manifest, signing_of, source_limits
 from t2vz_flows.shown import cell, taken
 
 _TOLD_SOURCES = 100  # in the summary artifact
@@ -109,6 +109,8 @@ def _join_all(found: Library, parameters: LibraryParameters) -> list[Joined]:
         run_id=str(runtime.flow_run.id),
         limits=source_limits(parameters.render),
         models=model_policy(parameters.render),
+        content=parameters.render.content,
+        signing=signing_of(parameters.render),
     )
     joined: list[Joined] = []
     with opening(settings):

@@ -166,8 +166,8 @@ class RenderParameters(BaseModel):
     )
 
 
-def _signing(parameters: RenderParameters) -> Signing | None:
-    """Raises what `provenance.check` does, before anything is rendered."""
+def signing_of(parameters: Any) -> Signing | None:
+    """Of RenderParameters or RenderOptions. Raises what `provenance.check` does, before anything is rendered."""
     certificate, key = parameters.sign_certificate, parameters.sign_key
     if (certificate is None) != (key is None):
         raise UnexpectedError("to sign, a certificate and its key are needed: give both", stage="settings")
@@ -211,7 +211,7 @@ def render_manifest(parameters: RenderParameters) -> Any:
         compiled=parameters.compiled,
         split=parameters.split,
         content=parameters.content,
-        signing=_signing(parameters),
+        signing=signing_of(parameters),
         retries=Retries(**parameters.retries.model_dump()),
     )
     if parameters.split > 1 and (parameters.executor in ("processes", "ray") or (parameters.workers or 1) > 1):

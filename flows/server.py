@@ -44,7 +44,7 @@ def api() -> Iterator[str]:
         # The child gets the listening socket, so no port can be snatched away in between. Its stdin is a
         # pipe that closes when this process ends, however it ends.
         server = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, str(listener.fileno())],
+            [sys.executable, "-P", "-m", __spec__.name, str(listener.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -384,7 +384,20 @@ def sheet(out: str, file: Path, **options: Any) -> int:
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, …")
 @click.option("--max-upload-mb", type=click.IntRange(1), default=500, show_default=True, help="Of one uploaded file.")
-def app(out: str, manifest: Path | None, host: str, port: int, device: str, max_upload_mb: int) -> int:
+@_input_options
+@_content_option
+def app(
+    out: str,
+    manifest: Path | None,
+    host: str,
+    port: int,
+    device: str,
+    max_upload_mb: int,
+    limits: dict[str, Any],
+    allow_pickles: bool,
+    model_checksums: str | None,
+    content: ContentPolicy,
+) -> int:
     """Serve the playground: a page with a tab for each mode, to try rows and append them to a manifest.
 
     Needs the extra `app`: pip install 't2vz[app]'. Ends with Ctrl-C.
@@ -392,6 +405,7 @@ def app(out: str, manifest: Path | None, host: str, port: int, device: str, max_
     import uuid
 
     from t2vz import storage
+    from t2vz.models.policy import ModelPolicy
     from t2vz.plan import check_out
     from t2vz.render import Settings
 
@@ -407,7 +421,15 @@ def app(out: str, manifest: Path | None, host: str, port: int, device: str, max_
     from t2vz.app.runs import Playground
 
     kept = manifest or Path(out, "playground.csv")
-    settings = Settings(out=Path(out), manifest=str(kept.absolute()), run_id=f"app-{uuid.uuid4()}", device=device)
+    settings = Settings(
+        out=Path(out),
+        manifest=str(kept.absolute()),
+        run_id=f"app-{uuid.uuid4()}",
+        device=device,
+        limits=Limits(**limits),
+        models=ModelPolicy(allow_pickles, model_checksums),
+        content=content,
+    )
     with suppress(KeyboardInterrupt):  # how it ends
         serve(
             Playground(settings, kept),

@@ -39,14 +39,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Of variables in the environment; values that are shorter would be found inside of words.
-_SECRET_NAMES = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_KEY)(_|$)")
+_SECRET_NAMES = re.compile(
+    r"(^|_)(TOKEN|SECRET|(PG)?PASSWORD|PASSWD|CREDENTIALS?|AUTH_STRING|(API|ACCESS|PRIVATE|ACCOUNT|STORAGE)_KEY)(_|$)"
+)
 _SHORTEST_SECRET = 8
-_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]*@")  # of an address: user:password@
+# Of an address: user:password@, which may have any of these signs in it; host:port/ is none.
+_USER_INFO = re.compile(r"(?<=://)(?:[^/\s'\"]*|[^/\s:'\"]+:(?!\d+/)[^\s'\"]*)@")
 _SIGNED = re.compile(
     r"((?:x-amz-(?:signature|credential|security-token)|signature|sig|[a-z_-]*(?:token|secret|password|key))=)[^&\s'\"]+",
     re.IGNORECASE,
 )
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Those that turn the direction of text, too: they hide what a name ends in.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 HIDDEN = "***"
 
 
@@ -54,13 +58,13 @@ def harmless(text: str) -> str:
     """The text as a message may have it: without secrets, on one line, without control characters."""
     text = without_secrets(text)
     if _CONTROL.search(text):
-        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", re.sub(r"[\t-\r]+", " ", text))
+        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", re.sub("[\t-\r\u2028\u2029]+", " ", text))
     return text
 
 
 def without_secrets(text: str) -> str:
     """The text without those in the environment, and passwords and signatures in addresses."""
-    for name, value in os.environ.items():
+    for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):  # one may be a part of another
         if len(value) >= _SHORTEST_SECRET and value in text and _SECRET_NAMES.search(name.upper()):
             text = text.replace(value, HIDDEN)
     if "://" in text:

@@ -32,7 +32,7 @@ from t2vz.errors import ManifestError, SourceError, T2VZError, translating
 from t2vz.manifest import Problem, explained, meant
 from t2vz.media.limits import Limits
 from t2vz.media.local import check_allowed, fetching
-from t2vz.plan import Done, Job, Unready, check_out, plan
+from t2vz.plan import Done, Job, Unready, check_out, plan, suffices
 from t2vz.render import Settings, file_name
 from t2vz.results import Finished
 from t2vz.spec import COLUMN_MODES, MASK_SOURCES, MODEL_COLUMNS, SOURCE_COLUMNS, JobSpec
@@ -395,17 +395,26 @@ def joining(library: Library, settings: Settings) -> Iterator[tuple[str, Joined 
     wanted = {id for cut in library.cuts for id in cut.ids}
     state = {
         id: item
-        for item in plan(library.manifest, settings.out, limits=settings.limits, models=settings.models)
+        for item in plan(
+            library.manifest,
+            settings.out,
+            limits=settings.limits,
+            models=settings.models,
+            content=settings.content,
+        )
         if (id := item.row.id if isinstance(item, Job) else item.id) in wanted
     }
     store = settings.store()
     done, failed = store.done(), store.failed()
+    may_stand = {finished.output_uri for finished in done.values() if suffices(finished, settings.content)}
     for cut in library.cuts:
         parts = [_part(id, state.get(id), done, failed) for id in cut.ids]
+        join = _Join(cut, tuple(part for part in parts if not isinstance(part, str)), library.style, settings)
+        if settings.content == "withhold":
+            join.withdraw(may_stand)
         if missing := [part for part in parts if isinstance(part, str)]:
             yield cut.id, Joined(cut.id, "waiting", missing[0])
             continue
-        join = _Join(cut, tuple(part for part in parts if not isinstance(part, str)), library.style, settings)
         yield cut.id, join.kept() or join.run
 
 
@@ -438,6 +447,13 @@ class _Join:
         if before.get("key") != self._key or not _is_there(self.settings.out, before):
             return None
         return Joined(self.cut.id, "kept", "", before["output_uri"], before["frames"], before["audio_kept"])
+
+    def withdraw(self, may_stand: set[str]) -> None:
+        """Remove what was joined before if a part of it is withheld by now. may_stand: parts that are not."""
+        out, before = self.settings.out, _read_json(self.settings.out, self._record)
+        if not may_stand.issuperset(before.get("parts", ())):
+            _remove(out, before["output_uri"])
+            storage.remove(out, self._record)
 
     def run(self) -> Joined:
         cut, out = self.cut, self.settings.out
@@ -481,7 +497,9 @@ class _Join:
         """(output_uri, what it is)."""
         from t2vz.media.encode import Encoding, publish
         from t2vz.media.join import join
+        from t2vz.media.provenance import SIGNED_FORMAT, signed
         from t2vz.media.sandbox import probe
+        from t2vz.models.table import identity
 
         cut, settings = self.cut, self.settings
         encoding = Encoding.of(self.style)
@@ -501,6 +519,10 @@ class _Join:
             audio=audio,
             metadata={"id": cut.id, "parts": [part.output_uri for part in self.parts]},
         )
+        if settings.signing is not None and encoding.format == SIGNED_FORMAT:
+            style = self.style
+            told = {"mode": style.mode, "model": style.model, "prompt": style.prompt}
+            made = signed(made, settings.signing, told | {"model_revision": identity(style)})
         suffix = "" if encoding.format == "png" else f".{encoding.format}"
         output_uri = f"joined/{file_name(cut.id)}-{made.sha256[:12]}{suffix}"
         published = publish(made, settings.out, output_uri)

@@ -216,8 +216,9 @@ def merge_results(settings: Settings) -> None:
 def _sweep_snapshots(folder: Path) -> None:
     """Remove those that no run came back for: their rows were changed or given up."""
     for snapshot in folder.glob("*.pt"):
-        if time.time() - snapshot.stat().st_mtime > SNAPSHOT_KEPT_S:
-            snapshot.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run has just done its row
+            if time.time() - snapshot.stat().st_mtime > SNAPSHOT_KEPT_S:
+                snapshot.unlink()
 
 
 def _sweep_drafts(settings: Settings, begun_ns: int) -> None:
@@ -425,6 +426,7 @@ class Render:
         except ModelError as error:
             if self.settings.content == "withhold":
                 raise
+            self.content = "unchecked"  # there is one: who withholds later is not to take the row for looked at
             self._warn(f"the content is not checked: {error.message}")
             return None
 
@@ -728,7 +730,8 @@ def render(job: Job, settings: Settings, lost: int = 0, kind: type[Render] = Ren
         now = datetime.now(UTC)
         common = _common_row(settings, job.job_id, job.row.id, job.row.number, now, now)
         return ResultRow(**common, status="skipped", attempts=0)
-    if _is_done(job, settings, lost):
+    finished = _finished_since(job, settings, lost)
+    if _stands(finished, settings):
         _release(job, settings)
         emit(Event("row_finished", job.row.id, status="done"))
         return None
@@ -745,11 +748,10 @@ def render(job: Job, settings: Settings, lost: int = 0, kind: type[Render] = Ren
             if isinstance(ours, DeviceLost):
                 raise ours from error
             row = work.row(ours)
-        withheld = row.error_class == ContentWithheld.__name__
-        if withheld and job.published is not None:
-            withdraw(settings.out, job.published)
+        if row.status == "failed":
+            _withdraw_lax(settings, finished or job.published)
         kept = commit(store, row)
-        if row.status == "ok" or withheld:
+        if row.status == "ok" or row.error_class == ContentWithheld.__name__:
             work.forget_snapshot()
     finally:
         shutil.rmtree(work.workspace, ignore_errors=True)
@@ -767,15 +769,24 @@ def _dated(job: Job, time: datetime) -> datetime:
     return time if job.results_until is None else max(time, job.results_until + timedelta(microseconds=1))
 
 
-def _is_done(job: Job, settings: Settings, lost: int) -> bool:
-    """True if the job was finished since it was planned: by another run, or by a lost attempt of this one, whose
-    process died between the result and telling of it.
+def _finished_since(job: Job, settings: Settings, lost: int) -> Finished | None:
+    """The job's output if it was finished since it was planned: by another run, or by a lost attempt of this one,
+    whose process died between the result and telling of it.
     """
     store, but_of = settings.store(), "" if lost else settings.run_id
-    finished = store.is_done(job.job_id) or store.merged_since(job.results_version, but_of).get(job.job_id)
-    if finished is None or not suffices(finished, settings.content):
-        return False
-    return is_there(settings.out, finished)
+    return store.is_done(job.job_id) or store.merged_since(job.results_version, but_of).get(job.job_id)
+
+
+def _stands(finished: Finished | None, settings: Settings) -> bool:
+    return finished is not None and suffices(finished, settings.content) and is_there(settings.out, finished)
+
+
+def _withdraw_lax(settings: Settings, published: Finished | None) -> None:
+    """Before a failed row is kept: it replaces the one that names the output of a laxer policy, which nobody would
+    find again.
+    """
+    if published is not None and not suffices(published, settings.content):
+        withdraw(settings.out, published)
 
 
 def withdraw(out: Place, published: Finished) -> None:
@@ -816,13 +827,15 @@ def record_lost(job: Job, settings: Settings, error: T2VZError, attempts: int, s
     """Commit the failed row of a job whose process died or lost its device `attempts` times, the last time working
     on it since `started`. None if it turns out to be done.
     """
-    if _is_done(job, settings, attempts):
+    finished = _finished_since(job, settings, attempts)
+    if _stands(finished, settings):
         _release(job, settings)
         emit(Event("row_finished", job.row.id, status="done"))
         return None
     work = Render(job, settings, attempts)
     work.started_at = _dated(job, started)
     row = work.row(error)
+    _withdraw_lax(settings, finished or job.published)
     commit(settings.store(), row)
     _release(job, settings)
     emit(Event("row_finished", job.row.id, status="failed", message=error.message, row=row))

@@ -35,7 +35,6 @@ _S3 = "s3://"
 _FOLDERS = ("records", "claims", "runs", "results", "results/_delta_log", "joined", "manifests/shards")
 _DRAFT = re.compile(r"#\d+$|^_commit_.*\.tmp$|^\..*\.draft$")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _REQUEST_TIMEOUT_S = 30
 _RETRIES = 6  # of a request that got no answer or a 5xx, with exponential backoff
 _RETRY_TIMEOUT_S = 60
@@ -458,7 +457,7 @@ def translating_storage(place: Place) -> Iterator[None]:
 
         if not isinstance(error, BaseError | DeltaError | OSError):
             raise translate(error, "results", str(place)) from error
-        raise _translated(place, _without_secrets(str(error)), type(error).__name__) from error
+        raise _translated(place, str(error), type(error).__name__) from error
 
 
 def _translated(place: Place, text: str, kind: str) -> T2VZError:
@@ -477,10 +476,3 @@ def _translated(place: Place, text: str, kind: str) -> T2VZError:
     if _NO_ANSWER.search(text):
         return StorageTimeout(f"{place}: no answer in time ({reason})", stage="results")
     return ResultsError(f"{place}: can't be read or written ({reason})")
-
-
-def _without_secrets(text: str) -> str:
-    for name in _SECRETS:
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    return text

@@ -316,7 +316,7 @@ class ProcessWorker:
         child = "import sys; from t2vz.workers import main; main(int(sys.argv[1]))"
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", child, str(theirs.fileno())],
+                [sys.executable, "-P", "-c", child, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,

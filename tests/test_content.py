@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,22 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import make_clip
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from t2vz import storage
 from t2vz.cli import main
+from t2vz.errors import ContentWithheld, GenerationError, WorkerDied
+from t2vz.library import Cutting, Joined, Source, joining, scan
+from t2vz.media.encode import Encoding, encode, publish
+from t2vz.models import safety
 from t2vz.plan import Done, Job, Unready, plan
-from t2vz.render import Settings, opening, render
+from t2vz.render import Render, Settings, file_name, opening, record_lost, render
 from t2vz.results import ResultRow, read
 
-SHOWN = ("videos", "strips", "thumbnails")
+SHOWN = ("videos", "strips", "thumbnails", "joined")
 ALWAYS, NEVER = -2.0, 2.0  # thresholds of a cosine
 FRAMES = 4
 
@@ -167,6 +173,92 @@ def test_a_stricter_policy_takes_back_what_a_laxer_one_has_shown(flags_all, mani
     assert rendered(path, out, "off", "third").status == "ok"
 
 
+class Failing(Render):
+    """A row that comes to no frames."""
+
+    def _generate(self) -> None:
+        raise GenerationError("no frames today")
+
+
+@pytest.mark.parametrize("way", ["fails", "lost"])
+def test_what_a_laxer_policy_has_shown_is_taken_back_with_the_row_that_names_it(flags_all, manifest, tmp_path, way):
+    """Else the file would stay where no result tells of it, and no later run would find it."""
+    path, out = manifest(flags_all), tmp_path / "out"
+    assert rendered(path, out, "flag", "first").content == "flagged"
+    (job,) = plan(path, out, content="withhold")
+    settings = Settings(out, str(path), "second", "cpu", content="withhold")
+    with opening(settings):
+        if way == "fails":
+            row = render(job, settings, kind=Failing)
+        else:
+            row = record_lost(job, settings, WorkerDied("killed"), 3, datetime.now(UTC))
+    assert row is not None
+    assert row.status == "failed"
+    assert [row.status for row in read(out)] == ["failed"]
+    assert shown(out) == []
+
+
+def test_what_another_run_has_shown_meanwhile_is_taken_back_too(flags_all, manifest, tmp_path):
+    path, out = manifest(flags_all), tmp_path / "out"
+    (planned_before,) = plan(path, out, content="withhold")
+    assert rendered(path, out, "flag", "other").content == "flagged"
+    settings = Settings(out, str(path), "strict", "cpu", content="withhold")
+    with opening(settings):
+        row = render(planned_before, settings)
+    assert row is not None
+    assert row.error_class == "ContentWithheld"
+    assert shown(out) == []
+
+
+class Flagged(Render):
+    """Frames as they came, which a checker flags."""
+
+    def _generate(self) -> None:
+        self.seconds["model"] = 0.0
+
+    def _encode(self) -> None:
+        assert self.clip is not None
+        self.content, self.content_frames = "flagged", len(self.clip)
+        if self.settings.content == "withhold":
+            raise ContentWithheld("flagged")
+        size = {"width": self.clip.width, "height": self.clip.height}
+        made = encode(
+            [self.clip.frames], self.workspace / "video", rate_fps=self._rate_fps(), encoding=Encoding(), **size
+        )
+        self.output_uri = f"videos/{file_name(self.job.row.id)}-{made.sha256[:12]}.mp4"
+        self.encoded = publish(made, self.settings.out, self.output_uri)
+
+
+def test_what_was_joined_of_withheld_parts_is_taken_back(tmp_path):
+    out = tmp_path / "out"
+    source = make_clip(tmp_path / "long.mp4", 1, sound=False)
+    style = {"mode": "edit", "prompt": "x", "fps": "6"}
+    found = scan([Source("long.mp4", str(source))], out, style, cutting=Cutting(max_frames=3))
+
+    def run(policy: str) -> Joined:
+        settings = Settings(out, str(found.manifest), policy, "cpu", content=policy)
+        with opening(settings):
+            for job in plan(found.manifest, out, content=policy):
+                assert isinstance(job, Job), job
+                render(job, settings, kind=Flagged)
+            ((_, what),) = joining(found, settings)
+            return what() if callable(what) else what
+
+    assert run("flag").status == "joined"
+    assert shown(out)
+    waits = run("withhold")
+    assert waits.status == "waiting"
+    assert shown(out) == []
+
+
+def test_the_model_is_asked_by_one_row_at_a_time(monkeypatch):
+    """One that has no memory left moves it to another device."""
+    checker = safety.Checker(None, None)
+    monkeypatch.setattr(safety.Checker, "_flagged", lambda self, frames: [safety._asking.locked()])
+    assert checker.flagged(np.zeros((1, 8, 8, 3), np.uint8)) == [True]
+    assert not safety._asking.locked()
+
+
 def test_what_was_clear_or_could_not_be_checked_stands_under_a_stricter_policy(
     flags_none, tiny_model, manifest, tmp_path
 ):
@@ -182,7 +274,7 @@ def test_on_s3_it_is_taken_back_too(flags_all, manifest, s3, tmp_path):
     settings = Settings(out, str(path), "first", "cpu")
     with opening(settings):
         assert render(job, settings).status == "ok"
-    assert [folder for folder in SHOWN if not list(storage.entries(out, folder, deep=True))] == []
+    assert [folder for folder in SHOWN[:3] if not list(storage.entries(out, folder, deep=True))] == []
     (job,) = plan(path, out, content="withhold")
     settings = replace(settings, run_id="second", content="withhold")
     with opening(settings):
@@ -200,8 +292,9 @@ def test_a_checker_that_is_named_and_not_whole(flags_none, manifest, tmp_path, p
         assert (row.status, row.error_class) == ("failed", "ModelError")
         assert "safety_checker" in row.error_message
     else:
-        assert (row.status, row.content) == ("ok", "no checker")
+        assert (row.status, row.content) == ("ok", "unchecked")
         assert row.warnings[0].startswith("the content is not checked: ")
+        assert isinstance(next(plan(tmp_path / "m.csv", tmp_path / "out", content="withhold")), Job), "it never looked"
 
 
 def test_the_command_withholds_and_lets_go(prefect_api, flags_all, manifest, tmp_path, capsys):

@@ -122,6 +122,14 @@ def test_a_damaged_snapshot_costs_the_time_it_would_have_saved_and_no_more(job, 
     assert "begun anew" in row.warnings[0]
 
 
+def test_a_snapshot_that_another_run_removes_while_this_one_opens(tmp_path):
+    snapshots = tmp_path / "out" / ".work" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / "gone.pt").symlink_to("nowhere")  # listed, and not there to be looked at
+    with opening(Settings(tmp_path / "out", "m", "run")):
+        pass
+
+
 def test_leftovers_of_dead_runs_are_swept_and_those_of_living_ones_kept(tmp_path):
     out = tmp_path / "out"
     dead = (

@@ -103,7 +103,7 @@ def test_refusals_are_told_plainly_and_without_secrets(s3, monkeypatch):
     assert caught.value.retryable
     for text in (caught.value.message, repr(storage.store(place)), str(storage.table_options(place))):
         assert s3.secret not in text
-    assert s3.secret not in storage._translated(place, storage._without_secrets(f"bad {s3.secret}"), "Error").message
+    assert s3.secret not in storage._translated(place, f"bad {s3.secret}", "Error").message
 
 
 def test_a_server_that_is_away_is_a_timeout(monkeypatch):

@@ -363,7 +363,7 @@ def test_every_limit_is_an_option_of_the_commands_a_parameter_of_the_flow_and_do
     assert source_limits(given) == Limits(max_frames=7, roots=("/in",))
     assert model_policy(given) == ModelPolicy(allow_pickles=True)
     page = (Path(__file__).parents[1] / "manifests" / "README.md").read_text()
-    for command in ("plan", "run"):
+    for command in ("plan", "run", "app"):
         options = {option.name: option.opts[0] for option in cli.commands[command].params}
         for name in (*(limit.name for limit in fields(Limits)), "allow_pickles", "model_checksums"):
             assert f"| `{options[name]}` |" in page
@@ -497,6 +497,8 @@ def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path: Path) -
 
 def test_messages_have_no_secrets_and_play_with_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    monkeypatch.setenv("OTHER_TOKEN", "hf_abcdefghij")
+    monkeypatch.setenv("PGPASSWORD", "postgres-word")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     monkeypatch.setenv("HARMLESS", "some words")
     monkeypatch.setenv("SHORT_TOKEN", "abc")
@@ -508,6 +510,11 @@ def test_messages_have_no_secrets_and_play_with_no_terminal(monkeypatch: pytest.
         "https://h/x?X-Amz-Signature=abc&a=b": "https://h/x?X-Amz-Signature=***&a=b",
         "https://h/x?access_token=abc": "https://h/x?access_token=***",
         "a\x1b[2Jb\x07\nc": "a\ufffd[2Jb\ufffd c",
+        "s3://me:pa/ss@bucket/x.mp4": "s3://***@bucket/x.mp4",
+        "http://me:p@ss@host/x": "http://***@host/x",
+        "http://host:8080/x@y.mp4": "http://host:8080/x@y.mp4",
+        "hf_abcdefghij and postgres-word": "*** and ***",
+        "x\u202e4pm.exe\u2028y": "x\ufffd4pm.exe y",
     }.items():
         assert harmless(text) == told
         assert T2VZError(text).message == told
@@ -546,6 +553,24 @@ def test_every_model_of_a_row_is_asked_for(tiny_model: Path, tiny_controlnets: t
     assert sorted(columns) == sorted(
         ["model", "lora", "vae", "controlnet", "controlnet", "depth_model", "pose_model", "person_detector"]
     )
+
+
+def test_a_checksum_is_of_what_a_model_s_links_lead_to_and_links_in_a_ring_end(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    shutil.move(model / "unet", tmp_path / "elsewhere")
+    (model / "unet").symlink_to(tmp_path / "elsewhere")
+    assert policy.checksum(str(model)) == policy.checksum(str(tiny_model))
+    weights = next((tmp_path / "elsewhere").glob("*.safetensors"))
+    before = policy.checksum(str(model)), table.revision(str(model))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    after = policy.checksum(str(model)), table.revision(str(model))
+    assert before[0] != after[0]
+    assert before[1] != after[1], "a job of other weights is another job"
+    for name in "abc":
+        (model / name).symlink_to(model)
+    assert (policy.checksum(str(model)), table.revision(str(model))) == after
 
 
 def test_only_models_with_their_checksums_are_let_in(tiny_model: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from t2vz.sheet import strip_key
 from t2vz.spec import SOURCE_COLUMNS
 
 _PLAYABLE = (".mp4", ".webm")
+_CACHE_S = (600, 3600)  # Gradio copies all that it shows or gets: how often it looks for copies, how old they grow
 _LEAVE_S = 2  # what open pages get when the server ends
 _MAX_SEED = 2**31 - 1  # of a drawn seed: one that a page's numbers can hold
 _FONTS = ("system-ui", "sans-serif")  # Gradio's own come from elsewhere
@@ -41,7 +42,7 @@ _WORDS = {"decode": "reading the source", "conditions": "extracting conditions",
 def page(playground: Playground) -> gr.Blocks:
     """The page, with its tabs and what they do. To be made while the playground is open."""
     samples = _samples(playground.out / "samples")
-    with gr.Blocks(title="t2vz playground", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="t2vz playground", analytics_enabled=False, delete_cache=_CACHE_S) as blocks:
         gr.Markdown(
             "# t2vz playground\n"
             "Each run is a manifest's row. Videos and results are kept in "

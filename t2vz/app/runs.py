@@ -65,7 +65,9 @@ class Playground:
         with tempfile.NamedTemporaryFile("w", prefix=".t2vz-app-", suffix=".csv", dir=self.folder) as file:
             file.write(line(cells, header=True))
             file.flush()
-            (item,) = plan(file.name, self.out)
+            (item,) = plan(
+                file.name, self.out, limits=settings.limits, models=settings.models, content=settings.content
+            )
             if isinstance(item, Unready):
                 problems: tuple[Problem, ...] = item.problems
                 return Ran(problems=tuple(map(str, problems)) or (item.error.message,))

@@ -26,6 +26,8 @@ _MP4 = "video/mp4"
 
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _READ_FRAMES = 64  # for the watermark, which is in each
+# A file may name an address that its manifest is to be fetched from: who reads files of others asks nobody for them.
+_ALONE = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}}
 
 
 @dataclass(frozen=True)
@@ -147,17 +149,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _parameters(path: Path) -> dict[str, Any] | None:
-    import av
-
     from t2vz.media.encode import METADATA_FILE
+    from t2vz.media.sandbox import comment
 
     if path.is_dir():
         text = (path / METADATA_FILE).read_text("utf-8") if (path / METADATA_FILE).is_file() else ""
     elif path.suffix == ".gif":
         text = _gif_comment(path.read_bytes())
     else:
-        with av.open(f"file:{path}") as container:
-            text = {name.lower(): value for name, value in container.metadata.items()}.get("comment", "")
+        text = comment(path)
     try:
         found = json.loads(text)
     except ValueError:
@@ -167,10 +167,11 @@ def _parameters(path: Path) -> dict[str, Any] | None:
 
 def _gif_comment(data: bytes) -> str:
     """The last comment: blocks of at most 255 bytes, each behind its length, until one of none."""
-    blocks, text = data.rpartition(b"\x21\xfe")[2], b""
-    while blocks and blocks[0]:
-        text, blocks = text + blocks[1 : 1 + blocks[0]], blocks[1 + blocks[0] :]
-    return text.decode("utf-8", "replace")
+    at, blocks = data.rfind(b"\x21\xfe") + 2, []
+    while 2 <= at < len(data) and data[at]:
+        blocks.append(data[at + 1 : at + 1 + data[at]])
+        at += 1 + data[at]
+    return b"".join(blocks).decode("utf-8", "replace")
 
 
 def _signature(path: Path) -> dict[str, Any] | None:
@@ -180,9 +181,9 @@ def _signature(path: Path) -> dict[str, Any] | None:
         return None
     if path.suffix != f".{SIGNED_FORMAT}" or path.is_dir():
         return None
-    with path.open("rb") as file:
+    with path.open("rb") as file, c2pa.Context(c2pa.Settings.from_dict(_ALONE)) as context:
         try:
-            with c2pa.Reader(_MP4, file) as reader:
+            with c2pa.Reader(_MP4, file, context=context) as reader:
                 store = json.loads(reader.json())
         except c2pa.C2paError.ManifestNotFound:
             return None

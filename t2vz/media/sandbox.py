@@ -98,6 +98,11 @@ def image_size(path: str | os.PathLike[str], limits: Limits = Limits()) -> tuple
     return _call("image_size", path, limits)[0]
 
 
+def comment(path: str | os.PathLike[str], limits: Limits = Limits()) -> str:  # noqa: B008 (frozen)
+    """The comment in a container's metadata; empty if it has none. Errors: SourceCorrupt, and those of `_call`."""
+    return _call("comment", path, limits)[0]
+
+
 def soundtrack(
     audio: AudioReference,
     format: str,
@@ -145,12 +150,12 @@ def _call(
     request = function, str(here), inside, options or {}, workspace
     with _lane:
         while True:
-            child = _idle.pop() if _idle else _Child()
+            child = _taken()
             fresh = child.calls == 0
             try:
                 answer = child.call(request, limits.max_decode_s)
             except _Dead as dead:
-                if fresh:
+                if fresh or dead.code is None:  # a deadline is one, not two
                     raise dead.error(shown(text), limits) from None
                 continue  # of what an earlier file left in it, or killed while it was idle
             except BaseException:
@@ -170,6 +175,14 @@ def _call(
                 raise answer.error
             _idle.append(child)
             return answer
+
+
+def _taken() -> _Child:
+    """An idle child, or a new one. Not `if _idle`: another thread may take it in between."""
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Child()
 
 
 class _Dead(Exception):
@@ -220,7 +233,8 @@ class _Child:
             theirs.close()
         self._connection = Connection(ours.detach())
         try:
-            self._connection.send(os.getpid())
+            with suppress(OSError):  # it has ended: why is read below
+                self._connection.send(os.getpid())
             self._received(_START_S)
         except _Dead as dead:
             raise UnexpectedError(
@@ -231,7 +245,7 @@ class _Child:
         main = "import sys; from t2vz.media.sandbox import main; main(int(sys.argv[1]))"
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         return subprocess.Popen(
-            [sys.executable, "-c", main, str(descriptor)],
+            [sys.executable, "-P", "-c", main, str(descriptor)],
             pass_fds=(descriptor,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -314,8 +328,9 @@ def _forget() -> None:
 
 
 def _end_all() -> None:
-    while _idle:
-        _idle.pop().end()
+    with suppress(IndexError):
+        while True:
+            _idle.pop().end()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -434,6 +449,13 @@ def _image_size(path: str, limits: Limits, workspace: Path | None) -> tuple[tupl
         return check_picture(Path(path), limits), None
 
 
+def _comment(path: str, limits: Limits, workspace: Path | None) -> tuple[str, None]:
+    from t2vz.media.av_source import open_source
+
+    with open_source(path) as container:
+        return {name.lower(): value for name, value in container.metadata.items()}.get("comment", ""), None
+
+
 def _write_soundtrack(
     path: str, limits: Limits, workspace: Path | None, *, audio: AudioReference, to: Path, format: str
 ) -> tuple[tuple[bool, tuple[str, ...]], None]:
@@ -448,5 +470,6 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Any, _Pictures | None]]] = {
     "decode": _decode,
     "read_image": _read_image,
     "image_size": _image_size,
+    "comment": _comment,
     "write_soundtrack": _write_soundtrack,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from t2vz.errors import is_out_of_memory
 from t2vz.models import LOADING, loading
 from t2vz.spec import JobSpec
+
+_asking = threading.Lock()  # rows share the model, and one of them may move it
 
 
 class Checker:
@@ -21,14 +24,15 @@ class Checker:
 
     def flagged(self, frames: NDArray[np.uint8]) -> list[bool]:
         """For each of the frames, uint8 (F, H, W, 3), RGB, whether it shows what the model shall not show."""
-        try:
+        with _asking:
+            try:
+                return self._flagged(frames)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self._model.device.type == "cpu":
+                    raise
+            with LOADING:
+                self._model.to("cpu")  # what generates needs the device's memory more; a frame takes some 0.3 s here
             return self._flagged(frames)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or self._model.device.type == "cpu":
-                raise
-        with LOADING:
-            self._model.to("cpu")  # what generates needs the device's memory more; a frame takes some 0.3 s here
-        return self._flagged(frames)
 
     def _flagged(self, frames: NDArray[np.uint8]) -> list[bool]:
         import torch

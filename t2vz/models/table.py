@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -321,5 +322,17 @@ def _folder_fingerprint(folder: Path) -> str:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model's folder that decide what it does: configurations and weights, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHTS and path.is_file())
+    """The files of a model's folder that decide what it does: configurations and weights, sorted.
+
+    Links to folders are followed, as loaders do, but to each folder once: they may be made to lead round and round.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(parent, name) for name in names]
+    return sorted(path for path in found if path.suffix in _WEIGHTS and path.is_file())

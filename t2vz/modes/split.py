@@ -134,7 +134,7 @@ def leading(processes: int, device: str) -> Iterator[None]:
         for rank in range(1, processes):
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "t2vz.modes.split", device],
+                    [sys.executable, "-P", "-m", "t2vz.modes.split", device],
                     env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=subprocess.DEVNULL,
                     preexec_fn=die_with_parent,

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from t2vz.app.runs import Playground, append, line, relative
+from t2vz.cli import main
 from t2vz.errors import ManifestError
 from t2vz.events import Event
 from t2vz.manifest import BadRow, read
+from t2vz.media.limits import Limits
+from t2vz.models.policy import ModelPolicy
 from t2vz.render import Settings
 from t2vz.results import read as results
 
@@ -63,6 +67,41 @@ def test_a_run_that_is_stopped_leaves_nothing_and_can_be_done_later(playground: 
     later = playground.run(QUICK)
     assert later.row is not None
     assert later.row.status == "ok"
+
+
+def test_what_the_operator_asks_holds_here_too(playground: Playground, tmp_path: Path) -> None:
+    source = tmp_path / "elsewhere.mp4"
+    source.write_bytes(b"not yours")
+    edit = {"mode": "edit", "prompt": "make it snow", "source": str(source)}
+    playground.settings = replace(playground.settings, limits=Limits(roots=(str(playground.out),)), content="off")
+    (problem,) = playground.run(edit).problems
+    assert "outside of the folders that sources may come from" in problem
+
+    ran = playground.run(QUICK)
+    assert ran.row is not None
+    assert ran.row.content == "unchecked"
+    playground.settings = replace(playground.settings, content="withhold")
+    ran = playground.run(QUICK)
+    assert not ran.before, "nobody has looked at it"
+    assert ran.row is not None
+    assert ran.row.content == "no checker"
+
+    checksums = tmp_path / "models.json"
+    checksums.write_text("{}")
+    playground.settings = replace(playground.settings, models=ModelPolicy(checksums=str(checksums)))
+    (problem,) = playground.run(QUICK).problems
+    assert "does not have it" in problem
+
+
+def test_the_command_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Playground] = []
+    monkeypatch.setattr("t2vz.app.page.serve", lambda playground, **_: served.append(playground))
+    policies = ["--content", "withhold", "--source-root", "/videos", "--allow-pickles", "--model-checksums", "m.json"]
+    assert main(["app", "--out", str(tmp_path / "out"), *policies]) == 0
+    settings = served[0].settings
+    assert settings.content == "withhold"
+    assert settings.limits == Limits(roots=("/videos",))
+    assert settings.models == ModelPolicy(True, "m.json")
 
 
 def test_uploads_are_kept_by_content(playground: Playground, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from browser import PHONE, Browser
 
 from t2vz.manifest import BadRow, read
+from t2vz.mini.clips import CLIPS
 from t2vz.results import read as results
 
 pytest.importorskip("gradio", reason="pip install 't2vz[app]'")
@@ -37,11 +38,12 @@ class App:
     """A running `t2vz app`."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out, self.cache = out, out.parent / "cache"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "t2vz.cli", "app", "--out", str(out), "--port", "0", "--device", "cpu",
              "--max-upload-mb", "1"],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(self.cache)},
         )  # fmt: skip
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
@@ -56,6 +58,9 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     started.process.send_signal(signal.SIGINT)
     assert started.process.wait(120) == 0
     assert not list(started.out.glob("claims/*"))
+    assert started.cache.exists()
+    left = {path.name for path in started.cache.rglob("*") if path.is_file()}
+    assert left <= {f"{name}.mp4" for name in CLIPS}, "copies of what was shown"
 
 
 @pytest.fixture

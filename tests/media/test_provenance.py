@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
+import c2pa
 import certificates
 import pytest
 
 from t2vz.cli import main
 from t2vz.errors import OutputError, UnexpectedError
-from t2vz.media.provenance import Signing, check, read
+from t2vz.library import Cutting, Source, joining, scan
+from t2vz.media.provenance import Signing, _gif_comment, _manifest, _signer, check, read
 from t2vz.plan import Job, plan
 from t2vz.render import Settings, opening, render
 from t2vz.results import ResultRow
@@ -68,6 +71,35 @@ def test_a_file_without_a_mark_has_none(rendered):
     assert (found["watermark"], found["signature"]) == (None, None)
 
 
+def test_a_file_of_others_makes_this_process_ask_no_server_and_read_no_container(
+    signing, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.c2pa"
+        path = tmp_path / "foreign.mp4"
+        claim = json.dumps(_manifest({"mode": "text", "model": "m", "model_revision": "r"}, prompt=False))
+        with _signer(signing) as signer, c2pa.Builder(claim) as builder, CLIP.open("rb") as source:
+            builder.set_remote_url(address)
+            builder.set_no_embed()
+            with path.open("w+b") as target:
+                builder.sign(signer, "video/mp4", source, target)
+        monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened here"))
+        found = read(path)
+        assert found["signature"]["valid"] is False
+        assert address in found["signature"]["problems"][0]
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_a_gif_s_comment_however_long():
+    text = bytes(range(48, 58)) * 800_000
+    blocks = b"".join(bytes([len(part)]) + part for part in (text[at : at + 255] for at in range(0, len(text), 255)))
+    assert _gif_comment(b"GIF89a\x21\xfe" + blocks + b"\0;").encode() == text
+    assert _gif_comment(b"GIF89a\x21\xfe\x09cut") == "cut"
+    assert _gif_comment(b"GIF89a\x21\xfe") == _gif_comment(b"GIF89a;") == ""
+
+
 def test_a_watermark_changes_no_seed_and_no_rerun(rendered):
     first, again = (rendered(out, watermark="t2vz", seed="")[0] for out in ("one", "two"))
     plain, _ = rendered("plain", seed="")
@@ -93,6 +125,26 @@ def test_the_claim_says_that_ai_made_it_and_with_what(rendered, signing, columns
     assert action["digitalSourceType"] == f"http://cv.iptc.org/newscodes/digitalsourcetype/{kind}"
     said = {"t2vz.mode": row.mode, "t2vz.model": row.model, "t2vz.model_revision": row.model_revision}
     assert action["parameters"] == said, "the prompt is told only if asked for"
+
+
+def test_what_is_joined_is_signed_as_its_parts_are(signing, tmp_path):
+    style = {"mode": "edit", "prompt": "x", "num_inference_steps": "3", "video_length": "4", "width": "64"}
+    out, source = tmp_path / "out", Source("ball.mp4", str(CLIP))
+    found = scan([source], out, style | {"image_guidance_scale": "0"}, cutting=Cutting(max_frames=2))
+    settings = Settings(out, str(found.manifest), "run", "cpu", signing=signing)
+    with opening(settings):
+        for job in plan(found.manifest, out):
+            assert render(job, settings).status == "ok"
+        ((_, join),) = joining(found, settings)
+        joined = join()
+    assert joined.status == "joined", joined.reason
+    (row, _) = results(out)
+    for path in (row.output_uri, joined.output_uri):
+        signature = read(out / path)["signature"]
+        assert signature["valid"] is True
+        assert signature["actions"][0]["parameters"]["t2vz.model_revision"] == row.model_revision
+    ((_, again),) = joining(found, settings)
+    assert again.status == "kept"
 
 
 def test_the_prompt_is_told_if_asked_for(rendered, signing):

@@ -89,13 +89,29 @@ def test_a_file_that_crashes_its_reader_is_told_and_the_next_is_read(clip_path, 
     assert len(sandbox.decode(path, video_length=2)) == 2
 
 
-def test_a_file_that_hangs_its_reader_is_given_up(clip_path):
+def test_a_file_that_hangs_its_reader_is_given_up(clip_path, monkeypatch):
     path = clip_path("closed.mp4")
     sandbox.probe(path)
+    monkeypatch.setattr(sandbox, "_starter", None)  # not tried again in a new one: the deadline is one
     with pytest.raises(SourceTooSlow, match=r"closed.mp4: not read within 0\.5 s") as told:
         sandbox.decode(path, limits=Limits(max_decode_s=0.5), fit=Doing("time.sleep(1000)"))
     assert not told.value.retryable
+    monkeypatch.undo()
     assert len(sandbox.decode(path, video_length=2)) == 2
+
+
+def test_an_idle_reader_that_another_thread_takes_first(clip_path, monkeypatch):
+    class Contested(list):
+        def __len__(self):
+            return 1  # as it was a moment ago
+
+        def pop(self):
+            monkeypatch.setattr(sandbox, "_idle", [])
+            raise IndexError
+
+    monkeypatch.setattr(sandbox, "_idle", Contested())
+    assert sandbox.probe(clip_path("closed.mp4")).frames
+    assert len(sandbox._idle) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
@@ -152,6 +168,16 @@ def test_a_reader_knows_no_secrets(clip_path, monkeypatch):
     environment = Path(f"/proc/{child._process.pid}/environ").read_bytes()
     assert b"PATH=" in environment
     assert b"very-secret" not in environment
+
+
+def test_what_lies_where_it_is_started_is_not_imported(clip_path, tmp_path, monkeypatch):
+    """A folder of other people's files may have an av.py in it."""
+    path = clip_path("closed.mp4")
+    for name in ("av", "cv2", "numpy", "random"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    assert sandbox.probe(path).frames
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_reader_sends_can_not_run_code():
