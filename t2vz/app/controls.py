@@ -106,7 +106,7 @@ _GROUPS: Mapping[str, Sequence[str]] = {
         *("canny_low", "canny_high", "depth_model", "pose_model", "person_detector", "annotators"),
     ),
     "Memory and precision": ("chunk_size", "dtype", "offload", "vae_tiling"),
-    "File": ("format", "codec", "crf", "preset", "pix_fmt"),
+    "File": ("format", "codec", "crf", "preset", "pix_fmt", "watermark"),
 }
 _DECIDED = ("id", "mode")  # by the tab, and by what the row asks for
 

@@ -91,9 +91,9 @@ SHAPES = {"sd15": SD15, "sdxl": SDXL}
 PRECISION = {512: torch.float16, 1024: torch.bfloat16}
 WAYS = {"peer": ("eager", "regions", "whole"), "ours": ("eager", "regions", "whole")}
 KINDS = {  # of CUDA kernels, by parts of their names; the first that fits
+    "compiled elementwise and norms": ("triton",),
     "attention": ("sdpa", "flash", "fmha", "attention"),
     "convolution": ("fprop", "conv", "cudnn", "nchw", "nhwc"),
-    "compiled elementwise and norms": ("triton",),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas"),
     "elementwise": ("elementwise", "vectorized", "reduce", "norm", "Norm", "copy", "Memcpy", "Memset", "cat", "Cat"),
 }
@@ -209,6 +209,7 @@ class Ours:
             return {}
         self.steps_s(frames, chunk or frames)
         recorded, self.recorded = self.recorded, False
+        self.denoise([(self.setting.latents(frames), range(2))], chunk or frames)  # compiled for this, too
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.denoise([(self.setting.latents(frames), range(1))], chunk or frames)
         self.recorded = recorded
@@ -470,13 +471,13 @@ def measure(made: Any, settings: Any, cases: Any, rates: Any, ready: Warm, pairs
             say(f"{name}: a side has nothing that runs")
             continue
         found = made[name] = {case: compare(setting, sides, about, pairs) for case, about in cases.items()}
-        best = sides["ours"][found["8_unchunked"]["best"]["ours"]]
+        ours, best = sides["ours"], sides["ours"][found["8_unchunked"]["best"]["ours"]]
         found["8_unchunked"]["ours_whole_clip_s"] = round(best("whole_clip_s", *cases["8_unchunked"]), 3)
         found["8_unchunked"]["profile_ms"] = best("profile_ms", *cases["8_unchunked"])
         for each in found.values():
             each["flops_utilisation"] = round(each["ours_flops"] / each["ours_s"] / rates[setting.dtype], 4)
         for frames in (8, 64):
-            found[f"peak_{frames}_frames_chunks_of_2_bytes"] = sides["ours"]["eager"]("peak_bytes", frames, 2)
+            found[f"peak_{frames}_frames_chunks_of_2_bytes"] = ours.get("eager", best)("peak_bytes", frames, 2)
         say(name, json.dumps(found))
 
 
