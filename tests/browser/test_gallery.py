@@ -216,8 +216,11 @@ def test_the_keyboard_does_it_all(browser: Browser, gallery: str) -> None:
 
 
 def test_a_window_that_changes_leaves_the_keyboard_where_it_was(browser: Browser, gallery: str) -> None:
+    from selenium.webdriver import Keys
+
     browser.open(gallery)
-    browser.js("document.querySelectorAll('.card .open')[4].focus()")
+    browser.js("document.querySelector('.card .open').focus()")
+    browser.keys(*[Keys.ARROW_RIGHT] * 4)
     name = browser.js("document.activeElement.textContent")
     before = browser.js("document.querySelector('.card').style.width")
     size = {"width": 700, "height": 900, "deviceScaleFactor": 1, "mobile": False}
