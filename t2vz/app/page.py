@@ -21,11 +21,13 @@ from t2vz.spec import SOURCE_COLUMNS
 
 _PLAYABLE = (".mp4", ".webm")
 _LEAVE_S = 2  # what open pages get when the server ends
+_FORGET_S = (3600, 86_400)  # how often, and of what age, Gradio's own copies of uploads go; all go when it ends
 _MAX_SEED = 2**31 - 1  # of a drawn seed: one that a page's numbers can hold
 _FONTS = ("system-ui", "sans-serif")  # Gradio's own come from elsewhere
 _CSS = """
 footer { display: none !important; }
 @media (max-width: 768px) { .t2vz-result { order: -1; } }
+@media (min-width: 769px) { .t2vz-result { position: sticky; top: 16px; align-self: flex-start; } }
 .t2vz-line textarea { font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto; }
 """
 # What the page may load: nothing that is not of this server. Gradio's own page makes its scripts in place.
@@ -41,7 +43,7 @@ _WORDS = {"decode": "reading the source", "conditions": "extracting conditions",
 def page(playground: Playground) -> gr.Blocks:
     """The page, with its tabs and what they do. To be made while the playground is open."""
     samples = _samples(playground.out / "samples")
-    with gr.Blocks(title="t2vz playground", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="t2vz playground", analytics_enabled=False, delete_cache=_FORGET_S) as blocks:
         gr.Markdown(
             "# t2vz playground\n"
             "Each run is a manifest's row. Videos and results are kept in "
@@ -300,6 +302,7 @@ def serve(
     """Serve the page until interrupted. on_ready: is told its address; port 0 is any free one. Raises OutputError."""
     import uvicorn
     from fastapi import FastAPI, Request
+    from fastapi.responses import PlainTextResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     try:
@@ -312,6 +315,9 @@ def serve(
 
         @app.middleware("http")
         async def only_from_here(request: Request, call_next: Callable[..., Any]) -> Any:
+            # A page elsewhere may send a form here without reading the answer: uploads, for one, would fill the disk.
+            if request.method != "GET" and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+                return PlainTextResponse("asked by a page of another site", 403)
             response = await call_next(request)
             response.headers["Content-Security-Policy"] = _POLICY
             response.headers["Referrer-Policy"] = "no-referrer"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -177,6 +178,19 @@ def test_only_this_machine_is_let_in(app: App) -> None:
         text = answer.read().decode()
     assert "fonts.googleapis" not in text
     assert "cdnjs" not in text
+
+
+def test_a_page_elsewhere_can_send_nothing_here(app: App, browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "elsewhere.html"
+    page.write_text("<!doctype html><title>elsewhere</title>")
+    browser.open(page.as_uri())
+    code = """(fetch(arguments[0] + '/gradio_api/upload', {method: 'POST', mode: 'no-cors', body: (form => {
+        form.append('files', new Blob(['x']), 'planted-from-elsewhere.mp4'); return form; })(new FormData())})
+        .then(answer => answer.type))"""
+    assert browser.js(code, app.url) == "opaque"  # it was sent
+    assert not list(Path(tempfile.gettempdir(), "gradio").glob("*/planted-from-elsewhere.mp4"))
+    browser.open(f"{app.url}")  # a link from there is followed all the same
+    browser.until(BUTTON, "Render", timeout_s=60)
 
 
 def test_files_beside_the_videos_are_not_shown(app: App) -> None:
