@@ -140,6 +140,14 @@ def test_what_is_wrong_is_a_message(page: Browser) -> None:
     page.picture("app-problems")
 
 
+def test_the_result_stays_in_sight(page: Browser) -> None:
+    tab(page, "Text to video")
+    page.js("scrollTo(0, document.documentElement.scrollHeight)")
+    page.until("scrollY > 200")
+    top, bottom = page.js(f"(box => [box.top, box.bottom])(({BUTTON}).getBoundingClientRect())", "Render")
+    assert 0 <= top < bottom < 1000
+
+
 def test_presets_fill_the_controls(page: Browser) -> None:
     tab(page, "Edit")
     assert page.until(f"({FIELD}).value", "prompt") == "make it night"
