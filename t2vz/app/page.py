@@ -27,8 +27,14 @@ _FONTS = ("system-ui", "sans-serif")  # Gradio's own come from elsewhere
 _CSS = """
 footer { display: none !important; }
 @media (max-width: 768px) { .t2vz-result { order: -1; } }
+@media (min-width: 769px) {
+  .t2vz-result { position: sticky; top: 16px; align-self: flex-start; }
+  .t2vz-result { max-height: calc(100vh - 32px); overflow-y: auto; }
+}
 .t2vz-line textarea { font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto; }
 """
+# Gradio puts its container before every selector of `css`. The container's `hidden` makes it what `sticky` sticks to.
+_HEAD = "<style>.gradio-container { overflow: clip !important; }</style>"
 # What the page may load: nothing that is not of this server. Gradio's own page makes its scripts in place.
 _POLICY = (
     "default-src 'self'; script-src 'self' blob: 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -260,7 +266,7 @@ def _status(ran: Ran, playground: Playground) -> str:
     row = ran.row
     if row.status != "ok":
         return f"**Failed** in {row.error_stage}: {_escaped(row.error_message or '')}"
-    took = "done before" if ran.before else f"in {row.wall_s or 0:.1f} s"
+    took = "before" if ran.before else f"in {row.wall_s or 0:.1f} s"
     lines = [
         f"**Rendered** {took}: {row.frames} frames of {row.width}×{row.height}, {Fraction(row.fps or 1)} frames/s, "
         f"seed {row.seed}.",
@@ -301,6 +307,7 @@ def serve(
     """Serve the page until interrupted. on_ready: is told its address; port 0 is any free one. Raises OutputError."""
     import uvicorn
     from fastapi import FastAPI, Request
+    from fastapi.responses import PlainTextResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     try:
@@ -313,6 +320,9 @@ def serve(
 
         @app.middleware("http")
         async def only_from_here(request: Request, call_next: Callable[..., Any]) -> Any:
+            # A page elsewhere may send a form here without reading the answer: uploads, for one, would fill the disk.
+            if request.method != "GET" and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+                return PlainTextResponse("asked by a page of another site", 403)
             response = await call_next(request)
             response.headers["Content-Security-Policy"] = _POLICY
             response.headers["Referrer-Policy"] = "no-referrer"
@@ -332,6 +342,7 @@ def serve(
             show_error=True,
             footer_links=[],
             css=_CSS,
+            head=_HEAD,
             theme=_theme(),
         )
         on_ready(f"http://{shown}:{listener.getsockname()[1]}")

@@ -6,6 +6,7 @@ import csv
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from t2vz.manifest import BadRow, read
 from t2vz.media.limits import Limits
 from t2vz.models.policy import ModelPolicy
 from t2vz.render import Settings
+from t2vz.results import ResultStore
 from t2vz.results import read as results
 
 QUICK = {"mode": "text", "prompt": "a red ball", "width": "64", "height": "64", "video_length": "2",
@@ -45,6 +47,17 @@ def test_a_run_is_a_row_and_is_not_done_twice(playground: Playground) -> None:
     assert again.row.output_sha256 == ran.row.output_sha256
     assert [row.job_id for row in results(playground.out)] == [ran.row.job_id]
     assert not list(playground.folder.glob(".t2vz-app-*"))
+
+
+def test_what_a_later_version_of_the_row_replaced_is_found_done(playground: Playground) -> None:
+    first = playground.run({**QUICK, "id": "ball"}).row
+    assert first is not None
+    later = replace(first, job_id="another", prompt="a blue ball", finished_at=first.finished_at + timedelta(seconds=1))
+    ResultStore(playground.out).commit(later)
+    again = playground.run({**QUICK, "id": "ball"})
+    assert again.before
+    assert again.row is not None
+    assert again.row.job_id == first.job_id
 
 
 def test_what_is_wrong_is_told_all_at_once(playground: Playground) -> None:

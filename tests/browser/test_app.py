@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -144,6 +145,14 @@ def test_what_is_wrong_is_a_message(page: Browser) -> None:
     page.picture("app-problems")
 
 
+def test_the_result_stays_in_sight(page: Browser) -> None:
+    tab(page, "Text to video")
+    page.js("scrollTo(0, document.documentElement.scrollHeight)")
+    page.until("scrollY > 200")
+    top, bottom = page.js(f"(box => [box.top, box.bottom])(({BUTTON}).getBoundingClientRect())", "Render")
+    assert 0 <= top < bottom < 1000
+
+
 def test_presets_fill_the_controls(page: Browser) -> None:
     tab(page, "Edit")
     assert page.until(f"({FIELD}).value", "prompt") == "make it night"
@@ -182,6 +191,19 @@ def test_only_this_machine_is_let_in(app: App) -> None:
         text = answer.read().decode()
     assert "fonts.googleapis" not in text
     assert "cdnjs" not in text
+
+
+def test_a_page_elsewhere_can_send_nothing_here(app: App, browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "elsewhere.html"
+    page.write_text("<!doctype html><title>elsewhere</title>")
+    browser.open(page.as_uri())
+    code = """(fetch(arguments[0] + '/gradio_api/upload', {method: 'POST', mode: 'no-cors', body: (form => {
+        form.append('files', new Blob(['x']), 'planted-from-elsewhere.mp4'); return form; })(new FormData())})
+        .then(answer => answer.type))"""
+    assert browser.js(code, app.url) == "opaque"  # it was sent
+    assert not list(Path(tempfile.gettempdir(), "gradio").glob("*/planted-from-elsewhere.mp4"))
+    browser.open(f"{app.url}")  # a link from there is followed all the same
+    browser.until(BUTTON, "Render", timeout_s=60)
 
 
 def test_files_beside_the_videos_are_not_shown(app: App) -> None:

@@ -151,6 +151,25 @@ def test_filters(browser: Browser, gallery: str) -> None:
     assert not (said := browser.complaints()), said
 
 
+def test_flagged_rows_are_marked_and_found(browser: Browser, tmp_path: Path) -> None:
+    told = {"content": "flagged", "content_frames": 3, "warnings": ("the safety checker flags 3 of its frames",)}
+    withheld = {"error_stage": "content", "error_class": "ContentWithheld", "error_message": "withheld"}
+    keep(
+        tmp_path,
+        [row(1, content="clear", content_frames=0), row(2, **told), row(3, status="failed", **told | withheld)],
+    )
+    browser.open(written(tmp_path))
+    flagged = "[...document.querySelectorAll('.card')].filter(c => c.querySelector('.flagged')).map(c => c.place)"
+    assert browser.js(flagged) == [0, 1]
+    choose(browser, "content", "flagged")
+    assert shown(browser) == ["row-0003", "row-0002"]
+    choose(browser, "content", "")
+    choose(browser, "words", "checker flags")
+    assert shown(browser) == ["row-0003", "row-0002"]
+    browser.find(".open").click()
+    assert "withheld" in browser.find("#row").text
+
+
 def test_order(browser: Browser, gallery: str) -> None:
     browser.open(gallery)
     assert shown(browser)[:2] == ["row-0060", "row-0059"]
@@ -194,6 +213,20 @@ def test_the_keyboard_does_it_all(browser: Browser, gallery: str) -> None:
     assert browser.js(focus) == "row-0002"
     browser.keys(Keys.HOME)
     assert browser.js(focus) == "row-0059"
+
+
+def test_a_window_that_changes_leaves_the_keyboard_where_it_was(browser: Browser, gallery: str) -> None:
+    from selenium.webdriver import Keys
+
+    browser.open(gallery)
+    browser.js("document.querySelector('.card .open').focus()")
+    browser.keys(*[Keys.ARROW_RIGHT] * 4)
+    name = browser.js("document.activeElement.textContent")
+    before = browser.js("document.querySelector('.card').style.width")
+    size = {"width": 700, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.until("document.querySelector('.card').style.width !== arguments[0]", before)
+    assert browser.js("document.activeElement.textContent") == name
 
 
 def test_five_thousand_rows_cost_a_screenful(browser: Browser, many: str) -> None:

@@ -5,7 +5,7 @@
 const GAP = 16, NARROWEST = 340, STAGE = 184, CAPTION = 16, OVERSCAN = 600, ASK_EVERY_MS = 2000, SETTLED_MS = 60;
 const STAGES = ["decode", "conditions", "model", "generate", "encode"];
 const TABLES = {
-  "Made": ["id", "status", "attempts", "model", "model_revision", "controlnets", "loras", "scheduler", "dtype", "device", "seed", "width", "height", "frames", "fps", "codec", "audio_kept"],
+  "Made": ["id", "status", "attempts", "model", "model_revision", "controlnets", "loras", "scheduler", "dtype", "device", "seed", "width", "height", "frames", "fps", "codec", "audio_kept", "content", "content_frames", "signed"],
   "Where": ["output_uri", "output_bytes", "output_sha256", "source_uri", "source_fingerprint", "decoder", "manifest", "row_number"],
   "Run": ["run_id", "started_at", "finished_at", "wall_s", "peak_memory_bytes", "unet_evaluations", "t2vz_version", "torch_version", "diffusers_version", "job_id", "schema_version", "output_mtime_ns"],
 };
@@ -48,7 +48,7 @@ function take(told) {
   data.epoch = told.epoch;
   data.number = told.number;
   for (const row of told.rows) {
-    row.sought = [row.prompt, row.id, row.negative_prompt, row.error_message].filter(Boolean).join("\n").toLowerCase();
+    row.sought = [row.prompt, row.id, row.negative_prompt, row.error_message, ...(row.warnings || [])].filter(Boolean).join("\n").toLowerCase();
     row.time = Date.parse(row.finished_at);
     rows.set(row.key, row);
   }
@@ -68,6 +68,7 @@ function choices() {
   fill("status", "all", [...tally("status")].sort(), value => value);
   fill("mode", "all", [...tally("mode")].sort(), value => value);
   fill("model", "all", [...tally("model")].sort(), shortModel);
+  fill("content", "all", [...tally("content")].sort(), value => value);
   fill("manifest", "all", [...tally("manifest")].sort(), value => value.split("/").pop());
   const began = new Map();
   for (const row of all) began.set(row.run_id, Math.min(began.get(row.run_id) ?? Infinity, Date.parse(row.started_at)));
@@ -97,7 +98,7 @@ function fill(name, everything, counts, say) {
 
 function filter() {
   const sought = field("words").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const same = {status: "status", mode: "mode", model: "model", run: "run_id", manifest: "manifest"};
+  const same = {status: "status", mode: "mode", model: "model", content: "content", run: "run_id", manifest: "manifest"};
   const wanted = Object.entries(same).map(([name, column]) => [column, field(name).value]).filter(([, value]) => value);
   const measure = field("measure").value, limit = name => field(name).value === "" ? null : Number(field(name).value);
   const from = limit("from"), to = limit("to");
@@ -171,9 +172,11 @@ function layout() {
   cardWidth = Math.floor((width - GAP * (columns - 1)) / columns);
   const lines = Math.ceil(visible.length / columns);
   list.style.height = visible.length ? `${lines * (cardHeight + GAP) - GAP}px` : "";
+  const focused = list.contains(document.activeElement) && document.activeElement !== list;
   for (const {card} of drawn.values()) card.remove();
   drawn.clear();
-  draw();
+  if (focused) go(current);  // a window that is turned or resized takes the keyboard's place along
+  else draw();
 }
 
 function draw() {
@@ -207,7 +210,7 @@ function card(row, place) {
   open.addEventListener("click", () => { current = place; openRow(row); });
   open.addEventListener("focus", () => point(place));
   node.append(stage, el("div", {className: "text"},
-    el("div", {className: "head"}, open, row.mode ? el("span", {className: "mode"}, row.mode) : null),
+    el("div", {className: "head"}, open, row.content === "flagged" ? el("span", {className: "mode flagged"}, "flagged") : null, row.mode ? el("span", {className: "mode"}, row.mode) : null),
     el("p", {className: "prompt"}, row.prompt || ""),
     el("p", {className: "facts"}, facts(row)),
     row.quality ? el("p", {className: "facts"}, measures(row)) : null));
@@ -423,7 +426,7 @@ function again(row) {
     text.value = manifestOf([{...cellsOf(row), id: `${row.id}-seed-${seed}`.slice(-200), seed}]);
     said.textContent = `seed ${seed}`;
   });
-  return section("To render it again: this manifest, into another folder", text, el("div", {className: "buttons"}, copy, save, other, said));
+  return section(`To render it again: this manifest${row.status === "ok" ? ", into another folder" : ""}`, text, el("div", {className: "buttons"}, copy, save, other, said));
 }
 
 function download(text, name) {
@@ -445,15 +448,14 @@ dialog.addEventListener("close", () => {
   opened = null;
   dialog.replaceChildren();  // stops the video
   remember();
-  if (place >= 0) go(place);
-  if (waiting && scrollY < 40) show();
+  if (place >= 0) go(place);  // rows that came meanwhile wait: they would move it away under the keyboard
 });
 
 // ---------------------------------------------------------------- the page's address keeps what is asked for
 
 function remember() {
   const asked = new URLSearchParams();
-  for (const name of ["words", "status", "mode", "model", "run", "manifest", "measure", "from", "to"]) if (field(name).value) asked.set(name, field(name).value);
+  for (const name of ["words", "status", "mode", "model", "content", "run", "manifest", "measure", "from", "to"]) if (field(name).value) asked.set(name, field(name).value);
   if (field("order").value && field("order").value !== "newest") asked.set("order", field("order").value);
   if (opened) asked.set("row", opened.key);
   const hash = asked.toString();
@@ -463,7 +465,7 @@ function remember() {
 function recall() {
   const asked = new URLSearchParams(location.hash.slice(1));
   for (const name of ["words", "from", "to"]) field(name).value = asked.get(name) || "";
-  for (const name of ["status", "mode", "model", "run", "manifest", "measure", "order"]) {
+  for (const name of ["status", "mode", "model", "content", "run", "manifest", "measure", "order"]) {
     field(name).value = "";
     field(name).dataset.wanted = asked.get(name) || "";
   }
