@@ -197,7 +197,8 @@ class Batch:
 def strays(out: Path) -> list[str]:
     """What lies in the output folder and is neither a result nor the table's (whose replaced files stay for a week)."""
     named = {row.output_uri for row in read(out) if row.output_uri}
-    allowed = named | {f"strips/{Path(uri).name}.webp" for uri in named} | {".work/sweep.lock"}
+    pictures = {f"{folder}/{Path(uri).name}.webp" for folder in ("strips", "thumbnails") for uri in named}
+    allowed = named | pictures | {".work/sweep.lock"}
     found = []
     for path in out.rglob("*"):
         key = path.relative_to(out).as_posix()

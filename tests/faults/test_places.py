@@ -115,7 +115,9 @@ def test_a_read_only_folder_is_told_when_there_is_something_to_write(run: Run, m
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lost", ["videos", "records"])
-def test_rights_that_are_lost_in_the_middle(write_manifest: Callable[..., Path], tmp_path: Path, lost: str) -> None:
+def test_rights_that_are_lost_in_the_middle(
+    run: Run, write_manifest: Callable[..., Path], tmp_path: Path, lost: str
+) -> None:
     rows = ({"id": f"row-{i}", "seed": i, "num_inference_steps": 12} for i in range(ROWS))
     manifest, out = write_manifest(tmp_path / "m.csv", *rows), tmp_path / "out"
     # Root may write everywhere, unless it is without the right to.
