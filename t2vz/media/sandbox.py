@@ -236,7 +236,12 @@ class _Child:
             with suppress(OSError):  # it has ended: why is read below
                 self._connection.send(os.getpid())
             self._received(_START_S)
-        except _Dead as dead:
+        except (_Dead, OSError) as error:
+            dead = error if isinstance(error, _Dead) else self._gone()
+            if dead.code == -signal.SIGKILL:
+                raise WorkerDied(
+                    "the process that reads sources was killed as it started; run again", stage="decode"
+                ) from None
             raise UnexpectedError(
                 f"the process that reads sources did not start ({dead.code}): {dead.said}", stage="decode"
             ) from None
