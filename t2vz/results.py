@@ -265,11 +265,9 @@ class ResultStore:
         """The outputs of all ok jobs by job_id, waiting ones included."""
         return self.state().done
 
+    @storage.patient
     def state(self) -> State:
         """What there is now."""
-        return storage.patiently(self._state)
-
-    def _state(self) -> State:
         import pyarrow.compute as pc
 
         times: list[datetime] = []
@@ -296,6 +294,7 @@ class ResultStore:
         """
         return _additions(self.out, version, run_id).look()
 
+    @storage.patient
     def failed(self) -> Mapping[str, tuple[str, str]]:
         """Stage and message of all failed jobs by job_id, waiting ones included; what is ok since is not among them."""
         import pyarrow.compute as pc
@@ -329,6 +328,7 @@ class ResultStore:
         row = None if body is None else self._parsed(_ok_key(job_id), body)
         return None if row is None else _finished(row)
 
+    @storage.patient
     def arrow(self) -> pa.Table:
         """A row for every job: the table's and the waiting ones. Raises ResultsError if there are none."""
         import pyarrow as pa
@@ -457,17 +457,20 @@ class ResultStore:
                     time.sleep(random.uniform(0, 0.1 * 2 ** min(attempt, 5)))
         raise ResultsBusy(f"{self.out}: other writers won {tries} times; try again later")
 
+    @storage.patient
     def is_empty(self) -> bool:
         """True if there is neither a table nor a waiting record."""
         with translating_storage(self.out):
             return self._table() is None and not self._waiting()
 
+    @storage.patient
     def unused_files(self) -> list[str]:
         """Keys of the table's files that `compact` would remove: replaced over a week ago, or never finished."""
         with translating_storage(self.out):
             table = self._table()
             return [] if table is None else [f"results/{file}" for file in table.vacuum(dry_run=True, full=True)]
 
+    @storage.patient
     def table_files(self) -> int:
         """How many data files the table has now."""
         with translating_storage(self.out):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from t2vz import files
 from t2vz.errors import OutputError, ResultsError, StorageTimeout, T2VZError, translate
@@ -57,6 +58,7 @@ class Entry(NamedTuple):
     version: str
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -69,6 +71,16 @@ def patiently(read: Callable[[], T]) -> T:
         except StorageTimeout:
             time.sleep(pause_s)
     return read()
+
+
+def patient(read: Callable[P, T]) -> Callable[P, T]:
+    """A function that reads, done `patiently`."""
+
+    @functools.wraps(read)
+    def again(*arguments: P.args, **options: P.kwargs) -> T:
+        return patiently(lambda: read(*arguments, **options))
+
+    return again
 
 
 def is_remote(place: Place) -> bool:

@@ -444,6 +444,7 @@ dialog.addEventListener("keydown", event => {
 });
 dialog.addEventListener("click", event => { if (event.target === dialog) dialog.close(); });
 dialog.addEventListener("close", () => {
+  if (dialog.open) return;  // told late: another row was opened meanwhile
   const place = visible.indexOf(opened);  // not where the browser puts the focus: that row was opened first
   opened = null;
   dialog.replaceChildren();  // stops the video
