@@ -518,26 +518,26 @@ class _Additions:
         self._lock = threading.Lock()
         self._is_first_look = True
 
+    @storage.patient
     def look(self) -> Mapping[str, Finished]:
         with self._lock, translating_storage(self._out):
-            files: list[str] = []
-            while (log := storage.get(self._out, f"results/_delta_log/{self._next:020d}.json")) is not None:
-                self._next += 1
+            files, following = list[str](), self._next
+            while (log := storage.get(self._out, f"results/_delta_log/{following:020d}.json")) is not None:
+                following += 1
                 files += _files_added(log)
-            if not files and self._is_first_look and self._is_behind():
-                return self._everything()
-            self._is_first_look = False
+            if not files and self._is_first_look and self._is_at_least(following):
+                return self._everything()  # that version's log is removed already
             for file in files:
                 body = storage.get(self._out, f"results/{file}")
                 if body is None:  # replaced and vacuumed meanwhile
                     return self._everything()
                 self._found.update(_oks(_read_parquet(body), self._run_id))
+            self._next, self._is_first_look = following, False  # only now: a look that fails is taken again
         return self._found
 
-    def _is_behind(self) -> bool:
-        """True if the next version's log is not there because it is removed already."""
+    def _is_at_least(self, version: int) -> bool:
         table = ResultStore(self._out)._table()
-        return table is not None and table.version() >= self._next
+        return table is not None and table.version() >= version
 
     def _everything(self) -> Mapping[str, Finished]:
         done, version, _ = ResultStore(self._out).state()

@@ -245,6 +245,28 @@ def test_small_files_are_joined_without_loss(tmp_path, monkeypatch):
 # --- reading ---------------------------------------------------------------------------------------------
 
 
+def test_what_others_have_merged_is_found_by_the_look_after_one_that_failed(tmp_path, monkeypatch):
+    store = ResultStore(tmp_path)
+    store.commit(a_row("before"))
+    store.flush()
+    version = store.state().version
+    store.commit(a_row("theirs", run="other"))
+    store.flush()
+    get, asked = results.storage.get, []
+
+    def failing(place, key):
+        asked.append(key)
+        if key.endswith(".parquet") and sum(key.endswith(".parquet") for key in asked) == 1:
+            raise results.storage.StorageTimeout("no answer")
+        return get(place, key)
+
+    monkeypatch.setattr(results.storage, "get", failing)
+    monkeypatch.setattr(results.storage, "_READ_PAUSES_S", ())  # each look fails at once
+    with pytest.raises(results.storage.StorageTimeout):
+        store.merged_since(version, "mine")
+    assert set(store.merged_since(version, "mine")) == {"theirs"}
+
+
 def test_reading_creates_nothing(tmp_path):
     out = tmp_path / "out"
     assert ResultStore(out).done() == {}
