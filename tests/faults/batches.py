@@ -43,8 +43,14 @@ def stub_batch(folder: Path, rows: int, api: str, seed: int) -> Batch:
 
 
 def options(chance: random.Random) -> tuple[str, ...]:
-    """Of a run: rendered by its own process, or by workers, whose start is the dearest of all."""
-    return chance.choice([("--executor", "threads"), ("--executor", "threads"), ("--workers", "2")])
+    """Of a run: rendered by its own process, or by a worker, whose start is the dearest of all.
+
+    One worker, which computes with as many threads as the run's own process: with others a few pixels round
+    otherwise, so a video that was published just before a kill, and not yet recorded, would be made again under
+    another name, and the first be there until `t2vz maintain` removes it.
+    """
+    threads = ("--executor", "threads")
+    return chance.choice([threads, threads, ("--executor", "processes", "--workers", "1")])
 
 
 def stub_options(chance: random.Random) -> tuple[str, ...]:

@@ -189,7 +189,8 @@ class Batch:
             assert checksum(path) == (row.output_sha256, row.output_bytes), row.id
             if path.is_file():  # by other means than its own
                 assert hashlib.sha256(path.read_bytes()).hexdigest() == row.output_sha256
-        assert strays(self.out) == []
+        found = strays(self.out)
+        assert not found, found
         used = {Path(file).name for file in table.file_uris()}
         on_disk = {path.name for path in (self.out / "results").glob("*.parquet")}
         assert used <= on_disk
