@@ -50,8 +50,8 @@ docs: $(READY)   ## run the commands of the pages, and write what they print int
 eval: $(READY)   ## measure quality with the embedded model into eval-out/; the last line is one JSON object
 	@$(BIN)/t2vz eval --out eval-out
 
-bench: $(READY)  ## benchmarks; each prints one JSON object as its last line
-	@set -e; for file in engine gpu manifest results workers; do echo "== $$file"; $(BIN)/python tests/benchmarks/$$file.py; done
+bench: $(READY)  ## benchmarks (the last needs Chromium); each prints one JSON object as its last line
+	@set -e; for file in engine gpu manifest results workers gallery; do echo "== $$file"; $(BIN)/python tests/benchmarks/$$file.py; done
 
 fuzz: $(READY)   ## 2,000 damaged media files, 500 manifests, 200 models; minutes; ends in one JSON object
 	@$(BIN)/python tests/fuzz/fuzz.py
