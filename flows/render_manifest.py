@@ -282,7 +282,8 @@ def render_manifest(parameters: RenderParameters) -> Any:
         shown.end()
     progress.tell(counts, now=True)
     publish(parameters.manifest, parameters.out, counts, failures, finished, gallery)
-    publish_plots(parameters.out, settings.run_id)
+    if counts["ok"] or counts["failed"]:  # else there is nothing of this run in the table, which is read for it
+        publish_plots(parameters.out, settings.run_id)
     summary = {status: number for status, number in counts.items() if number} | {"run_id": settings.run_id}
     if parameters.max_failed is not None and counts["failed"] > parameters.max_failed:
         return Failed(message=f"{message(counts)}; at most {parameters.max_failed} may fail", data=summary)

@@ -452,7 +452,7 @@ class _Join:
         """Remove what was joined before if a part of it is withheld by now. may_stand: parts that are not."""
         out, before = self.settings.out, _read_json(self.settings.out, self._record)
         if not may_stand.issuperset(before.get("parts", ())):
-            _remove(out, before["output_uri"])
+            storage.remove_output(out, before["output_uri"])
             storage.remove(out, self._record)
 
     def run(self) -> Joined:
@@ -476,7 +476,7 @@ class _Join:
             }
             _write_json(out, self._record, record)
             if before.get("output_uri", output_uri) != output_uri:
-                _remove(out, before["output_uri"])  # made of parts that are no more
+                storage.remove_output(out, before["output_uri"])  # made of parts that are no more
         except T2VZError as error:
             return Joined(cut.id, "failed", error.message)
         return Joined(cut.id, "joined", "", output_uri, made.frames, made.audio_kept, made.warnings)
@@ -520,9 +520,7 @@ class _Join:
             metadata={"id": cut.id, "parts": [part.output_uri for part in self.parts]},
         )
         if settings.signing is not None and encoding.format == SIGNED_FORMAT:
-            style = self.style
-            told = {"mode": style.mode, "model": style.model, "prompt": style.prompt}
-            made = signed(made, settings.signing, told | {"model_revision": identity(style)})
+            made = signed(made, settings.signing, self.style, identity(self.style))
         suffix = "" if encoding.format == "png" else f".{encoding.format}"
         output_uri = f"joined/{file_name(cut.id)}-{made.sha256[:12]}{suffix}"
         published = publish(made, settings.out, output_uri)
@@ -550,16 +548,6 @@ def _is_there(out: Place, record: Mapping[str, Any]) -> bool:
 
         return checksum(path)[0] == record["sha256"]
     return path.is_file() and path.stat().st_size == record["size_bytes"]
-
-
-def _remove(out: Place, output_uri: str) -> None:
-    """A video, or a folder of images."""
-    if storage.is_remote(out):
-        storage.remove_all(out, [entry.key for entry in storage.entries(out, output_uri)] or [output_uri])
-    elif Path(out, output_uri).is_dir():
-        shutil.rmtree(Path(out, output_uri), ignore_errors=True)
-    else:
-        storage.remove(out, output_uri)
 
 
 def _read_json(out: Place, key: str) -> dict[str, Any]:

@@ -39,7 +39,6 @@ from t2vz.errors import (
     without_secrets,
 )
 from t2vz.events import Event, emit
-from t2vz.files import remove
 from t2vz.manifest import cells_of
 from t2vz.media import strip
 from t2vz.media.limits import Limits
@@ -555,8 +554,7 @@ class Render:
         if not self.signed:
             self._warn(f"not signed: only {SIGNED_FORMAT} files are")
             return encoded
-        made = {"mode": self.spec.mode, "model": self.spec.model, "prompt": self.spec.prompt}
-        return signed(encoded, signing, made | {"model_revision": self.job.model_revision})
+        return signed(encoded, signing, self.spec, self.job.model_revision)
 
     def _marked(self, batches: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
         from t2vz.media.watermark import marking
@@ -792,12 +790,8 @@ def _withdraw_lax(settings: Settings, published: Finished | None) -> None:
 def withdraw(out: Place, published: Finished) -> None:
     """Remove an earlier output, its strip and its thumbnails."""
     key = published.output_uri
-    storage.remove_all(out, [entry.key for entry in storage.entries(out, key, deep=True)])  # of a folder of images
+    storage.remove_output(out, key)
     storage.remove_all(out, [strip_key(key), thumbnails_key(key)])
-    if storage.is_remote(out):
-        storage.remove(out, key)
-    else:
-        remove(Path(out, key))
 
 
 def _release(job: Job, settings: Settings) -> None:

@@ -62,23 +62,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """`read()`, tried again if storage does not answer: an answer that ends in its middle the library does not ask for
-    again. For what changes nothing. Raises what it raises in the end."""
-    for pause_s in _READ_PAUSES_S:
-        try:
-            return read()
-        except StorageTimeout:
-            time.sleep(pause_s)
-    return read()
-
-
 def patient(read: Callable[P, T]) -> Callable[P, T]:
-    """A function that reads, done `patiently`."""
+    """A function that reads, tried again if storage does not answer: an answer that ends in its middle the library does
+    not ask for again. For what changes nothing. Raises what it raises in the end.
+    """
 
     @functools.wraps(read)
     def again(*arguments: P.args, **options: P.kwargs) -> T:
-        return patiently(lambda: read(*arguments, **options))
+        for pause_s in _READ_PAUSES_S:
+            try:
+                return read(*arguments, **options)
+            except StorageTimeout:
+                time.sleep(pause_s)
+        return read(*arguments, **options)
 
     return again
 
@@ -118,32 +114,28 @@ def split(uri: str) -> tuple[str, str]:
     return f"{_S3}{bucket}", key
 
 
+@patient
 def get(place: Place, key: str) -> bytes | None:
     """The object; None if there is none."""
     import obstore
 
-    def read() -> bytes | None:
-        with translating_storage(place), suppress(FileNotFoundError, NotADirectoryError):
-            return bytes(obstore.get(store(place), key).bytes()) if is_remote(place) else Path(place, key).read_bytes()
-        return None
-
-    return patiently(read)
+    with translating_storage(place), suppress(FileNotFoundError, NotADirectoryError):
+        return bytes(obstore.get(store(place), key).bytes()) if is_remote(place) else Path(place, key).read_bytes()
+    return None
 
 
+@patient
 def head(place: Place, key: str) -> Entry | None:
     """What a listing would say of the object; None if there is none."""
     import obstore
 
-    def read() -> Entry | None:
-        with translating_storage(place):
-            if _is_missing(place):
-                return None
-            try:
-                return _entry(obstore.head(store(place), key))
-            except FileNotFoundError:
-                return None
-
-    return patiently(read)
+    with translating_storage(place):
+        if _is_missing(place):
+            return None
+        try:
+            return _entry(obstore.head(store(place), key))
+        except FileNotFoundError:
+            return None
 
 
 def create(place: Place, key: str, body: bytes) -> bool:
@@ -234,6 +226,15 @@ def remove_all(place: Place, keys: list[str]) -> None:
             obstore.delete(store(place), keys[at : at + 1000])
 
 
+def remove_output(place: Place, key: str) -> None:
+    """Remove what a row made, a file or a folder of images, if it is there."""
+    if is_remote(place):
+        remove_all(place, [entry.key for entry in entries(place, key, deep=True)] or [key])
+        return
+    with translating_storage(place):
+        files.remove(Path(place, key))
+
+
 def get_all(place: Place, keys: list[str]) -> Iterator[tuple[str, bytes]]:
     """Key and body of each object that is there, in the order of `keys`; from S3 many at a time."""
     if not is_remote(place):
@@ -272,21 +273,19 @@ def rename(place: Place, key: str, new_key: str) -> bool:
             return False
 
 
-def entries(place: Place, folder: str, *, deep: bool = False) -> Iterator[Entry]:
+@patient
+def entries(place: Place, folder: str, *, deep: bool = False) -> list[Entry]:
     """The objects directly in a folder of the place, in the order of their keys; deep: in the folders below it, too."""
     import obstore
 
-    def read() -> list[Entry]:
-        with translating_storage(place):
-            if _is_missing(place):
-                return []
-            if deep:
-                listed: Any = (found for batch in obstore.list(store(place), folder) for found in batch)
-            else:
-                listed = obstore.list_with_delimiter(store(place), folder)["objects"]
-            return sorted(map(_entry, listed))
-
-    yield from patiently(read)
+    with translating_storage(place):
+        if _is_missing(place):
+            return []
+        if deep:
+            listed: Any = (found for batch in obstore.list(store(place), folder) for found in batch)
+        else:
+            listed = obstore.list_with_delimiter(store(place), folder)["objects"]
+        return sorted(map(_entry, listed))
 
 
 def upload(path: Path, place: Place, key: str, attributes: dict[str, str] | None = None) -> None:
@@ -335,16 +334,14 @@ def download(place: Place, key: str, path: Path) -> None:
                 file.writelines(stream(place, one))
 
 
+@patient
 def ranges(place: Place, key: str, spans: list[tuple[int, int]]) -> list[bytes]:
     """The bytes from `start` to before `end` of each span."""
     import obstore
 
-    def read() -> list[bytes]:
-        with translating_storage(place):
-            starts, ends = [start for start, _ in spans], [end for _, end in spans]
-            return [bytes(part) for part in obstore.get_ranges(store(place), key, starts=starts, ends=ends)]
-
-    return patiently(read)
+    with translating_storage(place):
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        return [bytes(part) for part in obstore.get_ranges(store(place), key, starts=starts, ends=ends)]
 
 
 def stream(place: Place, key: str) -> Iterator[bytes]:
@@ -372,8 +369,7 @@ def drafts(place: Place) -> Iterator[Path]:
 
 def check(place: Place) -> None:
     """Raise OutputError or StorageTimeout if the S3 place can't be listed: no such bucket, no permission, no answer."""
-    for _ in entries(place, "claims"):
-        return
+    entries(place, "claims")
 
 
 def check_room(place: Place, size_bytes: int) -> None:

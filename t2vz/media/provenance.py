@@ -20,6 +20,7 @@ from t2vz.files import sync
 
 if TYPE_CHECKING:
     from t2vz.media.encode import Encoded
+    from t2vz.spec import JobSpec
 
 SIGNED_FORMAT = "mp4"  # C2PA knows no WebM, Matroska or folder; of a GIF it would make one of several times the size
 _MP4 = "video/mp4"
@@ -48,11 +49,11 @@ def check(signing: Signing) -> None:
         pass
 
 
-def signed(encoded: Encoded, signing: Signing, made: dict[str, Any]) -> Encoded:
+def signed(encoded: Encoded, signing: Signing, spec: JobSpec, model_revision: str) -> Encoded:
     """The finished mp4 file, signed; in the place of the unsigned one, and on the disk. Its streams stay bit for bit;
     the signature is another one each time.
 
-    made: mode, model, model_revision and prompt of the row. Raises EncodeError, OutputError.
+    spec: of the row, whose mode, model and prompt are told. Raises EncodeError, OutputError.
     """
     import c2pa
 
@@ -63,7 +64,7 @@ def signed(encoded: Encoded, signing: Signing, made: dict[str, Any]) -> Encoded:
     try:
         with (
             _signer(signing) as signer,
-            c2pa.Builder(json.dumps(_manifest(made, signing.prompt))) as builder,
+            c2pa.Builder(json.dumps(_manifest(spec, model_revision, signing.prompt))) as builder,
             path.open("rb") as source,
             draft.open("w+b") as target,
         ):
@@ -78,14 +79,15 @@ def signed(encoded: Encoded, signing: Signing, made: dict[str, Any]) -> Encoded:
     return replace(encoded, sha256=sha256, size_bytes=size_bytes, mtime_ns=path.stat().st_mtime_ns)
 
 
-def _manifest(made: dict[str, Any], prompt: bool) -> dict[str, Any]:
-    kind = "compositeWithTrainedAlgorithmicMedia" if made["mode"] == "edit" else "trainedAlgorithmicMedia"
-    told = ("mode", "model", "model_revision", *(("prompt",) if prompt else ()))
+def _manifest(spec: JobSpec, model_revision: str, prompt: bool) -> dict[str, Any]:
+    kind = "compositeWithTrainedAlgorithmicMedia" if spec.mode == "edit" else "trainedAlgorithmicMedia"
+    told = {"mode": spec.mode, "model": spec.model, "model_revision": model_revision}
+    told |= {"prompt": spec.prompt} if prompt else {}
     action = {
         "action": "c2pa.created",
         "digitalSourceType": _SOURCE_TYPE + kind,
         "softwareAgent": {"name": "t2vz", "version": version("t2vz")},
-        "parameters": {f"t2vz.{name}": made[name] for name in told},
+        "parameters": {f"t2vz.{name}": value for name, value in told.items()},
     }
     return {
         "claim_generator_info": [{"name": "t2vz", "version": version("t2vz")}],

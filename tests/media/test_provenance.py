@@ -23,6 +23,7 @@ from t2vz.plan import Job, plan
 from t2vz.render import Settings, opening, render
 from t2vz.results import ResultRow
 from t2vz.results import read as results
+from t2vz.spec import JobSpec
 
 CLIP = Path(__file__).parents[2] / "manifests" / "clips" / "ball.mp4"
 EDIT = {"mode": "edit", "source": CLIP, "video_length": 4}
@@ -78,7 +79,7 @@ def test_a_file_of_others_makes_this_process_ask_no_server_and_read_no_container
         listener.settimeout(0)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.c2pa"
         path = tmp_path / "foreign.mp4"
-        claim = json.dumps(_manifest({"mode": "text", "model": "m", "model_revision": "r"}, prompt=False))
+        claim = json.dumps(_manifest(JobSpec(prompt="x", model="m"), "r", prompt=False))
         with _signer(signing) as signer, c2pa.Builder(claim) as builder, CLIP.open("rb") as source:
             builder.set_remote_url(address)
             builder.set_no_embed()
