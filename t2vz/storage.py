@@ -62,19 +62,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def patient(read: Callable[P, T]) -> Callable[P, T]:
-    """A function that reads, tried again if storage does not answer: an answer that ends in its middle the library does
-    not ask for again. For what changes nothing. Raises what it raises in the end.
+def patient(ask: Callable[P, T]) -> Callable[P, T]:
+    """A function that is tried again if storage does not answer: an answer that ends in its middle the library does
+    not ask for again. For what reads, and what may be done twice. Raises what it raises in the end.
     """
 
-    @functools.wraps(read)
+    @functools.wraps(ask)
     def again(*arguments: P.args, **options: P.kwargs) -> T:
         for pause_s in _READ_PAUSES_S:
             try:
-                return read(*arguments, **options)
+                return ask(*arguments, **options)
             except StorageTimeout:
                 time.sleep(pause_s)
-        return read(*arguments, **options)
+        return ask(*arguments, **options)
 
     return again
 
@@ -138,6 +138,7 @@ def head(place: Place, key: str) -> Entry | None:
             return None
 
 
+@patient
 def create(place: Place, key: str, body: bytes) -> bool:
     """Put the object if there is none; False if there is one.
 
@@ -154,6 +155,7 @@ def create(place: Place, key: str, body: bytes) -> bool:
             return False
 
 
+@patient
 def put(place: Place, key: str, body: bytes, attributes: dict[str, str] | None = None) -> None:
     """attributes: see `upload`."""
     import obstore
